@@ -1,0 +1,88 @@
+"""Make the message that consumers see out of a stored one. Pure.
+
+The stored JSON texts are put in as they are, never decoded: values stay exact and it is fast. The same bytes are a push's
+body and a pull's `data`.
+"""
+from __future__ import annotations
+
+import base64
+import json
+from typing import Protocol
+from uuid import UUID
+
+
+class StoredMessage(Protocol):
+    """What `render` reads of a message; consumers.store.types.ClaimedMessage has it."""
+
+    @property
+    def action(self) -> str: ...
+    @property
+    def schema(self) -> str: ...
+    @property
+    def table(self) -> str: ...
+    @property
+    def record(self) -> str: ...
+    @property
+    def changes(self) -> str | None: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def commit_lsn(self) -> int: ...
+    @property
+    def commit_idx(self) -> int: ...
+    @property
+    def committed_at(self) -> str: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def unchanged(self) -> str | None: ...
+    @property
+    def old_values_known(self) -> bool: ...
+    @property
+    def annotations(self) -> str | None: ...
+    @property
+    def source_id(self) -> UUID: ...
+
+
+def idempotency_key(message: StoredMessage) -> str:
+    """The same for every delivery of one change, for ever: base64 of `source id.epoch:commit_lsn:commit_idx`."""
+    text = f"{message.source_id}.{message.epoch}:{message.commit_lsn}:{message.commit_idx}"
+    return base64.b64encode(text.encode()).decode()
+
+
+def addressing(*, consumer_id: UUID, consumer_name: str, source_id: UUID, source_name: str, database: str) -> str:
+    """The end of every message of one consumer: its `consumer` and `database`."""
+    return (
+        f'"consumer":{{"id":"{consumer_id}","name":{_text(consumer_name)}}},'
+        f'"database":{{"id":"{source_id}","name":{_text(source_name)},"database":{_text(database)}}}}}}}'
+    )
+
+
+def render(
+    message: StoredMessage, *, consumer_id: UUID, consumer_name: str, source_id: UUID, source_name: str, database: str
+) -> bytes:
+    """The message as JSON, UTF-8."""
+    tail = addressing(
+        consumer_id=consumer_id, consumer_name=consumer_name, source_id=source_id, source_name=source_name, database=database
+    )
+    return render_with(message, tail)
+
+
+def render_with(message: StoredMessage, tail: str) -> bytes:
+    """The message as JSON, UTF-8; `tail` from `addressing`, made once for many messages."""
+    extra = ""
+    if message.unchanged is not None:
+        extra = f'"unchanged_columns":{message.unchanged},'
+    if message.action == "update" and not message.old_values_known:
+        extra += '"old_values_known":false,'
+    return (
+        f'{{"record":{message.record},"changes":{message.changes or "null"},"action":"{message.action}",'
+        f'"metadata":{{"table_schema":{_text(message.schema)},"table_name":{_text(message.table)},'
+        f'"record_pks":{message.key},"commit_timestamp":"{message.committed_at}","commit_lsn":{message.commit_lsn},'
+        f'"commit_idx":{message.commit_idx},"idempotency_key":"{idempotency_key(message)}",{extra}'
+        f'"transaction_annotations":{message.annotations or "null"},{tail}'
+    ).encode()
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)

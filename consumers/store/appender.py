@@ -1,0 +1,231 @@
+"""Append changes to the log of one source, exactly once: capture's face of the store.
+
+Every append is one transaction whose first statement locks and compares the source's progress; then come the rows by
+binary COPY, then the commit. So ids become visible in order within a source, and two readers can never both append.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+from uuid import UUID
+
+import psycopg
+
+from consumers.store.connection import store_connection
+from consumers.store.partitions import SEQUENCE_LOCK, ensure_ahead
+from consumers.store.types import LogRow, Progress, RelationShape
+
+SOURCE_LOCK_CLASS = 0x5E9  # advisory: one reader per source
+CHECK_ROOM_EVERY = 100_000  # ids; far below partitions.AHEAD_IDS
+
+_COPY_SQL = (
+    "COPY messages (source, relation, table_oid, action, xid, commit_lsn, commit_idx, committed_at, epoch,"
+    " old_values_known, key, record, old_key, changes, unchanged, annotations, consumer) FROM STDIN (FORMAT binary)"
+)
+_COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + struct.pack("!ii", 0, 0)
+_COPY_END = struct.pack("!h", -1)
+# Field count, then each fixed field with its length in front, then the length of the key.
+_FIXED = struct.Struct("!h i16s ii iq i1s iq iq iq iq ii i? i")
+_LENGTH = struct.Struct("!i")
+_NULL = _LENGTH.pack(-1)
+_FIVE_NULLS = _NULL * 5  # old_key, changes, unchanged, annotations, consumer
+
+
+class ProgressMoved(Exception):
+    """Another reader appended meanwhile: the source's progress is not what this one thought."""
+
+    def __init__(self, source_id: UUID, expected: Progress) -> None:
+        self.source_id = source_id
+        self.expected = expected
+        super().__init__(f"progress of source {source_id} is no longer {expected}: another reader stored in between")
+
+
+class Appender:
+    """The append side of one source's log. Not thread-safe; owns its connection unless given one."""
+
+    def __init__(self, source_id: UUID, conn: psycopg.Connection[Any] | None = None) -> None:
+        self.source_id = source_id
+        self._conn = conn or store_connection(application_name="sequin capture")
+        self._notify_conn: psycopg.Connection[Any] | None = None
+        self._source_bytes = source_id.bytes
+        self._room_checked_at = -CHECK_ROOM_EVERY
+        self._last_id = 0
+        self._unnotified: set[int] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._conn.close()
+        if self._notify_conn is not None:
+            self._notify_conn.close()
+
+    def lock_source(self) -> bool:
+        """Try to become the one reader of the source; held until the connection closes."""
+        row = self._conn.execute("SELECT pg_try_advisory_lock(%s, hashtext(%s))", [SOURCE_LOCK_CLASS, str(self.source_id)])
+        found = row.fetchone()
+        return bool(found and found[0])
+
+    def wait_for_source(self, timeout_s: float, every_s: float = 0.2) -> bool:
+        """Stand by until the source's lock is free, at most `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while not self.lock_source():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(every_s)
+        return True
+
+    def progress(self) -> Progress | None:
+        """What is stored of the source, None before its first start."""
+        row = self._conn.execute(
+            "SELECT epoch, system_identifier, timeline, stored_lsn, part_lsn, part_changes, reached_lsn"
+            " FROM capture_progress WHERE source = %s",
+            [self.source_id],
+        ).fetchone()
+        return None if row is None else Progress(*row)
+
+    def begin_history(self, *, system_identifier: str, timeline: int, start_lsn: int) -> Progress:
+        """Begin the source's first epoch, or the next one: LSNs compare within an epoch only."""
+        row = self._conn.execute(
+            "INSERT INTO capture_progress AS p (source, epoch, system_identifier, timeline, stored_lsn, reached_lsn)"
+            " VALUES (%(source)s, 1, %(system)s, %(timeline)s, %(lsn)s, %(lsn)s)"
+            " ON CONFLICT (source) DO UPDATE SET epoch = p.epoch + 1, system_identifier = %(system)s,"
+            " timeline = %(timeline)s, stored_lsn = %(lsn)s, reached_lsn = %(lsn)s, part_lsn = 0, part_changes = 0,"
+            " updated_at = now()"
+            " RETURNING epoch, system_identifier, timeline, stored_lsn, part_lsn, part_changes, reached_lsn",
+            {"source": self.source_id, "system": system_identifier, "timeline": timeline, "lsn": start_lsn},
+        ).fetchone()
+        assert row is not None
+        return Progress(*row)
+
+    def register_relation(self, epoch: int, shape: RelationShape) -> int:
+        """The id of this shape of the table; the same shape has the same id."""
+        columns = json.dumps([column._asdict() for column in shape.columns])
+        digest = hashlib.sha256(repr(shape).encode()).hexdigest()
+        row = self._conn.execute(
+            "INSERT INTO relation_version (source, epoch, oid, schema_name, table_name, columns, primary_key,"
+            " replica_identity, digest) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)"
+            " ON CONFLICT (source, epoch, oid, digest) DO UPDATE SET seen_at = now() RETURNING id",
+            [
+                self.source_id, epoch, shape.oid, shape.schema, shape.table, columns, list(shape.primary_key),
+                shape.replica_identity, digest,
+            ],
+        ).fetchone()  # fmt: skip
+        assert row is not None
+        return int(row[0])
+
+    def append(self, rows: Sequence[LogRow], before: Progress, after: Progress) -> int | None:
+        """Store `rows` and move the progress from `before` to `after`, both or neither. Returns the last id drawn.
+
+        Raises ProgressMoved when the progress was not `before`. After any psycopg error the outcome is what
+        `progress()` says on a new connection.
+        """
+        if rows:
+            self._ensure_room()
+        conn = self._conn
+        with conn.cursor() as cursor:
+            cursor.execute("BEGIN")
+            try:
+                self._move(cursor, before, after)
+                if rows:
+                    with cursor.copy(_COPY_SQL) as copy:
+                        copy.write(encode_rows(rows, self._source_bytes, after.epoch))
+                    cursor.execute("SELECT currval('messages_id')")
+                    found = cursor.fetchone()
+                    assert found is not None
+                    last_id = int(found[0])
+                cursor.execute("COMMIT")
+            except BaseException:
+                if not conn.closed and conn.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+                    conn.rollback()
+                raise
+        if not rows:
+            return None
+        self._last_id = last_id
+        self._unnotified.update(row.relation for row in rows)
+        return last_id
+
+    def reach(self, before: Progress, after: Progress) -> None:
+        """Move the progress alone: the source was idle, or had nothing for us."""
+        self.append((), before, after)
+
+    def notify(self) -> None:
+        """Tell listeners what was appended since the last notice. Lost notices cost latency only."""
+        if not self._unnotified:
+            return
+        if self._notify_conn is None or self._notify_conn.closed:
+            self._notify_conn = store_connection(application_name="sequin capture notify")
+            self._notify_conn.execute("SET synchronous_commit = off")
+        relations = sorted(self._unnotified)[:500]  # a payload holds less than 8,000 bytes
+        if len(relations) < len(self._unnotified):
+            relations = []  # empty: any
+        payload = json.dumps({"source": str(self.source_id), "last_id": self._last_id, "relations": relations})
+        self._notify_conn.execute("SELECT pg_notify('sequin_log', %s)", [payload])
+        self._unnotified.clear()
+
+    def _move(self, cursor: psycopg.Cursor[Any], before: Progress, after: Progress) -> None:
+        cursor.execute(
+            "UPDATE capture_progress SET epoch = %s, system_identifier = %s, timeline = %s, stored_lsn = %s, part_lsn = %s,"
+            " part_changes = %s, reached_lsn = %s, updated_at = now()"
+            " FROM (SELECT pg_advisory_xact_lock_shared(%s)) AS sequence_stays"
+            " WHERE source = %s AND (epoch, system_identifier, timeline, stored_lsn, part_lsn, part_changes, reached_lsn)"
+            " = (%s, %s, %s, %s, %s, %s, %s)",
+            [*after, SEQUENCE_LOCK, self.source_id, *before],
+        )
+        if cursor.rowcount != 1:
+            raise ProgressMoved(self.source_id, before)
+
+    def _ensure_room(self) -> None:
+        """Partitions are made a million ids ahead; look again after a tenth of that. Other sources draw ids too."""
+        row = self._conn.execute("SELECT last_value FROM messages_id").fetchone()
+        assert row is not None
+        if row[0] - self._room_checked_at >= CHECK_ROOM_EVERY:
+            ensure_ahead(self._conn)
+            self._room_checked_at = row[0]
+
+
+def encode_rows(rows: Sequence[LogRow], source: bytes, epoch: int) -> bytes:
+    """The rows in COPY's binary format, header and trailer included.
+
+    Source: PostgreSQL manual, COPY, "Binary Format".
+    """
+    parts: list[bytes] = [_COPY_HEADER]
+    add = parts.append
+    fixed, length = _FIXED.pack, _LENGTH.pack
+    for (
+        relation, table_oid, action, key, old_key, xid, commit_lsn, commit_idx, committed_us, record, changes,
+        unchanged, old_values_known, annotations, consumer,
+    ) in rows:  # fmt: skip
+        add(
+            fixed(
+                17, 16, source, 4, relation, 8, table_oid, 1, action, 8, xid, 8, commit_lsn, 8, commit_idx,
+                8, committed_us, 4, epoch, 1, old_values_known, len(key),
+            )
+        )  # fmt: skip
+        add(key)
+        add(length(len(record)))
+        add(record)
+        if old_key is None and unchanged is None and annotations is None and consumer is None:
+            if changes is None:
+                add(_FIVE_NULLS)
+            else:
+                add(_NULL + length(len(changes)))
+                add(changes)
+                add(_NULL * 3)
+        else:
+            for text in (old_key, changes, unchanged, annotations, None if consumer is None else consumer.bytes):
+                if text is None:
+                    add(_NULL)
+                else:
+                    add(length(len(text)))
+                    add(text)
+    add(_COPY_END)
+    return b"".join(parts)

@@ -1,0 +1,149 @@
+"""Hand messages out under leases and settle them: delivery's face of the store.
+
+Each call is one round trip and one transaction on Django's connection. Every receipt is a (token, message id) pair: a
+token names one claim, and is void for a message once that was handed out again.
+"""
+from __future__ import annotations
+
+import base64
+import binascii
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+from uuid import UUID
+
+from django.db import connection
+
+from consumers.store.types import ACTIONS, Claim, ClaimedMessage, Failure, Settled
+
+SCAN_ROWS = 20_000  # looked at in one transaction, so that nobody waits long behind it
+SCAN_MS = 250  # one claim's budget; past it the answer is empty although the end is not reached
+RECEIPT_BYTES = 24  # token 16, id 8
+
+_relation_names: dict[int, tuple[str, str]] = {}  # relation versions never change
+
+
+def claim(consumer_id: UUID, limit: int, *, lease_ms: int, holder: UUID | None = None) -> Claim:
+    """Hand out up to `limit` messages for `lease_ms`, in log order.
+
+    Empty and not at_end: SCAN_MS went by among messages that were not for this consumer; call again.
+    A paused, disabled or unknown consumer gets an empty claim at the end.
+    """
+    deadline = time.monotonic() + SCAN_MS / 1000
+    while True:
+        rows = _fetch(
+            "SELECT * FROM sequin_claim(%s, %s, %s, %s, %s)", [consumer_id, limit, lease_ms, holder, SCAN_ROWS]
+        )
+        token, at_end, next_due_ms = rows[0][0], rows[0][1], rows[0][2]
+        if token is not None:
+            return Claim(token, _messages(rows), bool(at_end), None)
+        if at_end or time.monotonic() >= deadline:
+            return Claim(None, [], bool(at_end), None if next_due_ms is None else max(0, int(next_due_ms)))
+
+
+def ack(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]]) -> Settled:
+    """Finish these messages. Counts also after the lease's end, until they are handed out again."""
+    tokens, ids = _columns(receipts, 2)
+    return Settled(*_fetch("SELECT * FROM sequin_ack(%s, %s::uuid[], %s::bigint[])", [consumer_id, tokens, ids])[0])
+
+
+def nack(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]], delay_ms: int = 0) -> Settled:
+    """Give these messages back, and with them the later ones of their groups from the same claim."""
+    count = len(receipts)
+    tokens, ids = _columns(receipts, 2)
+    return _return(
+        consumer_id, tokens, ids, [delay_ms] * count, ["retry"] * count, [None] * count, [None] * count, [None] * count,
+        sent=True,
+    )  # fmt: skip
+
+
+def fail(consumer_id: UUID, failures: Sequence[Failure]) -> Settled:
+    """Park messages whose push failed; past the consumer's max_deliver as dead letters.
+
+    Later messages of their groups from the same claim come back with them, as if they had never been handed out.
+    """
+    tokens, ids, delays, errors, statuses, reasons, batches = _columns(failures, 7)
+    return _return(consumer_id, tokens, ids, delays, reasons, errors, statuses, batches, sent=False)
+
+
+def give_back(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]]) -> int:
+    """Undo the hand-out of messages that were not tried: due at once, and not counted as delivered."""
+    tokens, ids = _columns(receipts, 2)
+    return int(_fetch("SELECT sequin_undo(%s, %s::uuid[], %s::bigint[])", [consumer_id, tokens, ids])[0][0])
+
+
+def extend(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]], ack_wait_ms: int) -> Settled:
+    """Let the leases of these messages end `ack_wait_ms` from now."""
+    tokens, ids = _columns(receipts, 2)
+    rows = _fetch(
+        "SELECT * FROM sequin_extend(%s, %s::uuid[], %s::bigint[], %s)", [consumer_id, tokens, ids, ack_wait_ms]
+    )
+    return Settled(*rows[0])
+
+
+def renew(tokens: Iterable[UUID], lease_ms: int) -> set[UUID]:
+    """Let these leases end `lease_ms` from now. Returns the tokens that still hold something."""
+    rows = _fetch(
+        "UPDATE leases SET until = clock_timestamp() + %s * interval '1 ms' WHERE token = ANY (%s::uuid[])"
+        " RETURNING token",
+        [lease_ms, list(tokens)],
+    )
+    return {row[0] for row in rows}
+
+
+def encode_receipt(token: UUID, message_id: int) -> str:
+    """The ack id of one message under one lease: 32 URL-safe characters."""
+    return base64.urlsafe_b64encode(token.bytes + message_id.to_bytes(8, "big")).decode()
+
+
+def decode_receipt(ack_id: str) -> tuple[UUID, int] | None:
+    """What `encode_receipt` made, or None for anything else."""
+    try:
+        raw = base64.b64decode(ack_id.encode("ascii"), altchars=b"-_", validate=True)
+    except (ValueError, binascii.Error):
+        return None
+    if len(raw) != RECEIPT_BYTES or raw[16] & 0x80:
+        return None
+    return UUID(bytes=raw[:16]), int.from_bytes(raw[16:], "big")
+
+
+def _return(
+    consumer_id: UUID, tokens: list[Any], ids: list[Any], delays: list[Any], reasons: list[Any], errors: list[Any],
+    statuses: list[Any], batches: list[Any], *, sent: bool,
+) -> Settled:  # fmt: skip
+    rows = _fetch(
+        "SELECT * FROM sequin_return(%s, %s::uuid[], %s::bigint[], %s::bigint[], %s::text[], %s::text[], %s::integer[],"
+        " %s::integer[], %s)",
+        [consumer_id, tokens, ids, delays, reasons, errors, statuses, batches, sent],
+    )
+    return Settled(*rows[0])
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[list[Any]]:
+    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(width)]
+
+
+def _fetch(query: str, parameters: list[Any]) -> list[tuple[Any, ...]]:
+    with connection.cursor() as cursor:
+        cursor.execute(query, parameters)
+        return cursor.fetchall()
+
+
+def _messages(rows: list[tuple[Any, ...]]) -> list[ClaimedMessage]:
+    missing = {row[9] for row in rows} - _relation_names.keys()
+    if missing:
+        found = _fetch("SELECT id, schema_name, table_name FROM relation_version WHERE id = ANY (%s)", [list(missing)])
+        _relation_names.update({row[0]: (row[1], row[2]) for row in found})
+    messages = []
+    for (
+        _, _, _, source, id_, count, group, group2, max_batch, relation, action, record, changes, key, commit_lsn,
+        commit_idx, committed_at, epoch, unchanged, old_values_known, annotations,
+    ) in rows:  # fmt: skip
+        schema, table = _relation_names[relation]
+        messages.append(
+            ClaimedMessage(
+                id_, count, group, group2, max_batch, ACTIONS[action], schema, table, record, changes, key, commit_lsn,
+                commit_idx, committed_at, epoch, unchanged, old_values_known, annotations, source,
+            )
+        )  # fmt: skip
+    return messages

@@ -1,0 +1,229 @@
+"""What people and processes do to a consumer's place in the log: begin, end, count, disable, retry, discard; and beats.
+
+The face of the store for the console, the management API and the watchers. Uses Django's connection.
+"""
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from django.db import connection, transaction
+
+from consumers.store.types import Backlog
+
+WAITING_LIMIT = 100_000  # a count beyond it says "at least"
+ERROR_CHARACTERS = 2_000
+RESPONSE_CHARACTERS = 2_000
+
+
+class Attempt(NamedTuple):
+    """One push of one message, for the console."""
+
+    consumer_id: UUID
+    source_id: UUID
+    message_id: int
+    ok: bool
+    status: int | None
+    error: str | None
+    duration_ms: int
+    response: str | None
+    url: str
+    deliver_count: int
+
+
+def create_position(consumer_id: UUID, source_id: UUID, start_lsn: int) -> None:
+    """Let a new consumer begin at the end of the log, with nothing committed on the source before `start_lsn`."""
+    _execute(
+        "INSERT INTO consumer_position (consumer, source, position, start_lsn, start_epoch) VALUES (%(consumer)s,"
+        " %(source)s, coalesce((SELECT max(id) FROM messages WHERE source = %(source)s), 0), %(lsn)s,"
+        " coalesce((SELECT epoch FROM capture_progress WHERE source = %(source)s), 1)) ON CONFLICT DO NOTHING",
+        {"consumer": consumer_id, "source": source_id, "lsn": start_lsn},
+    )
+
+
+def drop_consumer(consumer_id: UUID) -> None:
+    """Forget a consumer: its position, leases, parked messages, attempts and turn."""
+    with transaction.atomic():
+        for table in ("consumer_position", "leases", "parked", "attempts", "turns"):
+            _execute(f"DELETE FROM {table} WHERE consumer = %s", [consumer_id])
+
+
+def drop_source(source_id: UUID) -> None:
+    """Forget a source's history. Its messages stay until retention drops their partitions."""
+    with transaction.atomic():
+        for table in ("capture_progress", "source_status"):
+            _execute(f"DELETE FROM {table} WHERE source = %s", [source_id])
+
+
+def backlog(consumer_id: UUID, *, waiting_limit: int = WAITING_LIMIT) -> Backlog:
+    """Count a consumer's undelivered messages; those waiting in the log up to `waiting_limit`."""
+    counts = _fetch(
+        "SELECT p.out_count, p.dead_count, coalesce(r.retry, 0), coalesce(r.error, 0), p.parked_count"
+        " FROM consumer_position p LEFT JOIN LATERAL (SELECT count(*) FILTER (WHERE reason = 'retry') AS retry,"
+        " count(*) FILTER (WHERE reason = 'error') AS error FROM parked WHERE consumer = p.consumer AND reason <> 'dead'"
+        " AND p.parked_count > 0) r ON true WHERE p.consumer = %s",
+        [consumer_id],
+    )
+    if not counts:
+        return Backlog(0, 0, 0, 0, 0, 0)
+    out, dead, retry, error, parked = counts[0]
+    return Backlog(waiting(consumer_id, limit=waiting_limit), out, retry, parked - retry - error, error, dead)
+
+
+def waiting(consumer_id: UUID, *, limit: int = WAITING_LIMIT) -> int:
+    """Count the messages beyond the consumer's position that are for it, up to `limit`."""
+    return int(
+        _fetch(
+            f"SELECT count(*) FROM (SELECT FROM ({WAITING_SQL}) m LIMIT %(limit)s) counted",
+            {"consumer": consumer_id, "limit": limit},
+        )[0][0]
+    )
+
+
+# The messages beyond the position of consumer %(consumer)s that are for it, as a claim would find them.
+WAITING_SQL = """
+    SELECT m.* FROM consumer_position p
+    JOIN consumers_consumer c ON c.id = p.consumer
+    JOIN messages m ON m.source = p.source AND m.id > p.position
+    JOIN relation_version r ON r.id = m.relation
+    WHERE p.consumer = %(consumer)s AND c.status <> 'disabled' AND (m.consumer = p.consumer OR m.consumer IS NULL
+      AND CASE m.action WHEN 'I' THEN 'insert' WHEN 'U' THEN 'update' WHEN 'D' THEN 'delete' WHEN 'T' THEN 'truncate' END
+          = ANY (c.actions)
+      AND (c.tables = '{}' OR r.schema_name || '.' || r.table_name = ANY (c.tables) OR r.schema_name || '.*' = ANY (c.tables))
+      AND (m.epoch <> p.start_epoch OR m.commit_lsn >= p.start_lsn))
+    ORDER BY m.id
+"""
+
+
+def disable(consumer_id: UUID) -> None:
+    """Drop what a consumer has out and parked. What comes is not collected until `enable`."""
+    with transaction.atomic():
+        _lock(consumer_id)
+        for table in ("leases", "parked"):
+            _execute(f"DELETE FROM {table} WHERE consumer = %s", [consumer_id])
+        _execute(
+            "UPDATE consumer_position SET out_count = 0, parked_count = 0, dead_count = 0 WHERE consumer = %s",
+            [consumer_id],
+        )
+
+
+def enable(consumer_id: UUID) -> None:
+    """Let a disabled consumer begin again at the end of the log."""
+    with transaction.atomic():
+        _lock(consumer_id)
+        _execute(
+            "UPDATE consumer_position p SET position = greatest(position,"
+            " coalesce((SELECT max(id) FROM messages WHERE source = p.source), 0)) WHERE consumer = %s",
+            [consumer_id],
+        )
+    wake(consumer_id)
+
+
+def retry(consumer_id: UUID, ids: Sequence[int] | None = None, **chosen: Any) -> int:
+    """Let parked messages and dead letters be tried again now: by id, or by state, since, until and key. Returns how many."""
+    return _redrive(consumer_id, False, ids, **chosen)
+
+
+def discard(consumer_id: UUID, ids: Sequence[int] | None = None, **chosen: Any) -> int:
+    """Drop parked messages and dead letters: by id, or by state, since, until and key. Returns how many."""
+    return _redrive(consumer_id, True, ids, **chosen)
+
+
+def wake(consumer_id: UUID) -> None:
+    """Tell waiting receivers and pumps that something may have become deliverable."""
+    _execute("SELECT pg_notify('sequin_consumer', %s)", [str(consumer_id)])
+
+
+def set_source_status(
+    source_id: UUID,
+    state: str,
+    reasons: Sequence[str] = (),
+    *,
+    retained_bytes: int | None = None,
+    source_lsn: int | None = None,
+    confirmed_lsn: int | None = None,
+) -> None:
+    """Say how a source is doing. `since` moves when the state changes; a number not given stays."""
+    _execute(
+        "INSERT INTO source_status AS s (source, state, reasons, retained_bytes, source_lsn, confirmed_lsn)"
+        " VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (source) DO UPDATE SET"
+        " since = CASE WHEN s.state = excluded.state THEN s.since ELSE now() END, state = excluded.state,"
+        " reasons = excluded.reasons, retained_bytes = coalesce(excluded.retained_bytes, s.retained_bytes),"
+        " source_lsn = coalesce(excluded.source_lsn, s.source_lsn),"
+        " confirmed_lsn = coalesce(excluded.confirmed_lsn, s.confirmed_lsn), at = now()",
+        [source_id, state, list(reasons), retained_bytes, source_lsn, confirmed_lsn],
+    )
+
+
+def beat(process: str, detail: str = "", *, pid: int | None = None) -> None:
+    """Say that this process is alive and getting on. The watchers restart a process that no longer does."""
+    _execute(
+        "INSERT INTO heartbeats (process, host, pid, at, detail) VALUES (%s, %s, %s, clock_timestamp(), %s)"
+        " ON CONFLICT (process, host, pid) DO UPDATE SET at = excluded.at, detail = excluded.detail",
+        [process, socket.gethostname(), pid or os.getpid(), detail],
+    )
+
+
+def record_attempts(attempts: Iterable[Attempt]) -> None:
+    """Keep these attempts for the console. Not worth waiting for the disk."""
+    rows = [
+        (
+            a.consumer_id, a.source_id, a.message_id, a.ok, a.status, _cut(a.error, ERROR_CHARACTERS), a.duration_ms,
+            _cut(a.response, RESPONSE_CHARACTERS), a.url, a.deliver_count,
+        )
+        for a in attempts
+    ]  # fmt: skip
+    if not rows:
+        return
+    with transaction.atomic():
+        _execute("SELECT set_config('synchronous_commit', 'off', true)")
+        _execute(
+            "INSERT INTO attempts (consumer, source, message_id, ok, status, error, duration_ms, response, url,"
+            " deliver_count) SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::bigint[], %s::boolean[], %s::integer[],"
+            " %s::text[], %s::integer[], %s::text[], %s::text[], %s::integer[])",
+            [list(column) for column in zip(*rows, strict=True)],
+        )
+
+
+def _redrive(
+    consumer_id: UUID,
+    drop: bool,
+    ids: Sequence[int] | None,
+    *,
+    state: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    key: Sequence[str] | None = None,
+) -> int:
+    # The key is compared as capture wrote it.
+    key_text = None if key is None else json.dumps(list(key), ensure_ascii=False, separators=(",", ":"))
+    return int(
+        _fetch(
+            "SELECT sequin_redrive(%s, %s, %s::bigint[], %s, %s, %s, %s)",
+            [consumer_id, drop, None if ids is None else list(ids), state, since, until, key_text],
+        )[0][0]
+    )
+
+
+def _cut(text: str | None, limit: int) -> str | None:
+    return None if text is None else text[:limit].replace("\0", "\\0")
+
+
+def _lock(consumer_id: UUID) -> None:
+    _fetch("SELECT 1 FROM consumer_position WHERE consumer = %s FOR UPDATE", [consumer_id])
+
+
+def _execute(query: str, parameters: Any = None) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(query, parameters)
+
+
+def _fetch(query: str, parameters: Any = None) -> list[tuple[Any, ...]]:
+    with connection.cursor() as cursor:
+        cursor.execute(query, parameters)
+        return cursor.fetchall()

@@ -1,0 +1,1008 @@
+-- The store: the log, and for each consumer a position in it plus the few messages it has out.
+-- Run by migration 0002. Only the package consumers.store writes these tables.
+
+-- The log ------------------------------------------------------------------------------------------------------
+
+create sequence messages_id;
+
+create table messages (
+    source           uuid        not null,
+    id               bigint      not null default nextval('messages_id'),
+    relation         integer     not null,
+    table_oid        bigint      not null,
+    action           "char"      not null,  -- I U D T R: insert update delete truncate read
+    key              text        not null,  -- JSON array of the primary key's values as text; [] without one
+    old_key          text,                  -- the key before, when an update changed it
+    xid              bigint      not null,  -- 64 bits, widened by capture
+    commit_lsn       bigint      not null,
+    commit_idx       bigint      not null,
+    committed_at     timestamptz not null,
+    epoch            integer     not null,
+    record           text        not null,  -- JSON, not jsonb: jsonb halves the ingest rate and refuses \u0000
+    changes          text,
+    unchanged        text,                  -- JSON array of the columns Postgres did not send
+    old_values_known boolean     not null,
+    annotations      text,
+    consumer         uuid,                  -- null: for all; set: a backfilled or republished message for one
+    primary key (source, id)                -- read by every claim
+) partition by range (id);
+create index messages_xid on messages using brin (xid);  -- read by a backfill looking for newer changes
+
+-- What a partition holds and since when; the table's own bounds are not readable in SQL.
+create table log_partition (
+    name       text primary key,
+    from_id    bigint not null,
+    to_id      bigint not null,  -- exclusive
+    created_at timestamptz not null default now(),
+    closed_at  timestamptz       -- when the sequence was first seen beyond it
+);
+
+-- Messages whose partition is gone although a lease or a parked row still names them.
+create table kept_messages (like messages including defaults);
+alter table kept_messages alter column id drop default;
+alter table kept_messages add primary key (source, id);
+
+-- Below this id the log is gone: a rewind there is refused.
+create table log_floor (single boolean primary key default true check (single), id bigint not null default 0);
+insert into log_floor default values;
+
+create table relation_version (
+    id               integer generated always as identity primary key,
+    source           uuid    not null,
+    epoch            integer not null,
+    oid              bigint  not null,
+    schema_name      text    not null,
+    table_name       text    not null,
+    columns          jsonb   not null,  -- [{"name", "type_oid", "typmod", "type_name"}, …]
+    primary_key      text[]  not null,  -- from the catalog: pgoutput flags every column under REPLICA IDENTITY FULL
+    replica_identity text    not null,
+    digest           text    not null,
+    seen_at          timestamptz not null default now(),
+    unique (source, epoch, oid, digest)  -- read when capture registers a shape, and by claims (source)
+);
+
+-- The append lock: the first statement of every append updates and thereby locks and compares this row.
+create table capture_progress (
+    source            uuid primary key,
+    epoch             integer not null,
+    system_identifier text    not null,
+    timeline          integer not null,
+    stored_lsn        bigint  not null,
+    part_lsn          bigint  not null default 0,
+    part_changes      bigint  not null default 0,
+    reached_lsn       bigint  not null,
+    updated_at        timestamptz not null default now()
+) with (fillfactor = 50);
+
+create table source_status (
+    source         uuid primary key,
+    state          text not null,
+    reasons        text[] not null default '{}',
+    retained_bytes bigint,
+    source_lsn     bigint,
+    confirmed_lsn  bigint,
+    since          timestamptz not null default now(),  -- when this state began
+    at             timestamptz not null default now()
+) with (fillfactor = 50);
+
+-- The consumers ------------------------------------------------------------------------------------------------
+
+-- Hot row, apart from the configuration; locked by everything that hands out or settles messages.
+create table consumer_position (
+    consumer     uuid primary key,
+    source       uuid    not null,
+    position     bigint  not null,  -- the log has been taken up to this id
+    start_lsn    bigint  not null,  -- nothing committed before it, in start_epoch, is this consumer's
+    start_epoch  integer not null,
+    out_count    integer not null default 0,   -- messages in leases
+    parked_count integer not null default 0,   -- messages parked, dead letters apart
+    dead_count   integer not null default 0,
+    acked_count  bigint  not null default 0,   -- for the metrics
+    failed_count bigint  not null default 0,
+    taken_at     timestamptz
+) with (fillfactor = 50);
+
+-- One row a claim, except that an extend of some of its messages splits it; the token stays.
+create table leases (
+    id       bigint generated always as identity primary key,
+    token    uuid        not null,
+    consumer uuid        not null,
+    source   uuid        not null,
+    until    timestamptz not null,
+    ids      bigint[]    not null,  -- ascending
+    grps     bigint[]    not null,
+    grp2s    bigint[]    not null,
+    counts   integer[]   not null,  -- how often each has been handed out, this time included
+    holder   uuid
+);
+create index leases_token on leases (token);            -- read by ack, nack, extend, renew
+create index leases_until on leases (consumer, until);  -- read by claims
+
+-- The exceptions: to be retried, blocked behind such a one, in error, or dead.
+create table parked (
+    id            bigint generated always as identity primary key,
+    consumer      uuid     not null,
+    source        uuid     not null,
+    grp           bigint   not null,
+    grp2          bigint,             -- an update that changed the key belongs to two groups
+    first_id      bigint   not null,
+    ids           bigint[] not null,  -- one; or, never handed out and blocked, a run of one group
+    reason        text     not null check (reason in ('retry', 'blocked', 'error', 'dead')),
+    not_before    timestamptz,        -- not to be handed out earlier
+    due_at        timestamptz,        -- set on group heads that nothing holds back, null on all others
+    deliver_count integer  not null default 0,
+    max_batch     integer,            -- the next push may carry no more than this
+    last_error    text,
+    last_status   integer,
+    lease_token   uuid,               -- under this token a late ack still counts
+    parked_at     timestamptz not null default now()
+);
+create index parked_group on parked (consumer, grp, first_id) where reason <> 'dead';   -- read by claims: is the group free?
+create index parked_group2 on parked (consumer, grp2, first_id) where reason <> 'dead' and grp2 is not null;
+create index parked_due on parked (consumer, due_at) where due_at is not null;          -- read by claims
+create index parked_dead on parked (consumer, first_id) where reason = 'dead';          -- read by the console
+create index parked_token on parked (lease_token) where lease_token is not null;        -- read by late acks
+
+-- Failures, and the last successes of each consumer, for people.
+create table attempts (
+    id            bigint generated always as identity primary key,
+    consumer      uuid not null,
+    source        uuid not null,
+    message_id    bigint not null,
+    at            timestamptz not null default now(),
+    ok            boolean not null,
+    status        integer,
+    error         text,
+    duration_ms   integer not null,
+    response      text,
+    url           text,
+    deliver_count integer not null
+);
+create index attempts_consumer on attempts (consumer, id);
+
+-- A pump's time-limited right to serve a push consumer.
+create table turns (
+    consumer uuid primary key,
+    holder   uuid not null,
+    token    uuid not null,
+    pid      integer not null,
+    host     text not null,
+    until    timestamptz not null
+) with (fillfactor = 50);
+
+create table heartbeats (
+    process text not null,
+    host    text not null,
+    pid     integer not null,
+    at      timestamptz not null,
+    detail  text not null default '',
+    primary key (process, host, pid)
+) with (fillfactor = 50);
+
+-- Groups -------------------------------------------------------------------------------------------------------
+
+-- The group of a message under a consumer's group_columns; with p_before, its group before the update.
+-- A 64-bit hash: two groups that collide are delivered one after the other, which is slower but never wrong.
+create function sequin_group(p_record text, p_changes text, p_columns text[], p_table_oid bigint, p_before boolean)
+returns bigint language sql immutable as $$
+    select hashtextextended(jsonb_agg(case when p_before and c.doc::json -> col is not null then c.doc::json ->> col
+                                           else r.doc::json ->> col end order by n)::text, p_table_oid)
+    from unnest(p_columns) with ordinality as u(col, n),
+         -- a NUL is legal in json and fatal to ->>: it is taken out here, for the group only
+         (select case when strpos(p_record, '\u0000') > 0 then replace(p_record, '\u0000', '') else p_record end as doc) r,
+         (select case when strpos(p_changes, '\u0000') > 0 then replace(p_changes, '\u0000', '') else p_changes end as doc) c
+$$;
+
+-- All groups that the consumer has out.
+create function sequin_groups_out(p_consumer uuid) returns setof bigint language sql stable as $$
+    select unnest(l.grps) from leases l where l.consumer = p_consumer
+    union all
+    select g from leases l, unnest(l.grp2s) g where l.consumer = p_consumer and g is not null
+$$;
+
+-- Parked -------------------------------------------------------------------------------------------------------
+
+-- Make due the head of each of these groups, where nothing holds it back any more. Returns how many became due.
+create function sequin_promote(p_consumer uuid, p_groups bigint[]) returns integer language plpgsql
+set enable_seqscan = off as $$
+declare
+    v_out   bigint[] := array(select sequin_groups_out(p_consumer));
+    v_count integer;
+begin
+    with heads as (
+        select distinct h.id, h.first_id, h.grp, h.grp2, h.not_before
+        from (select distinct unnest(p_groups) as grp) g,
+        lateral (
+            select * from (
+                (select p.* from parked p where p.consumer = p_consumer and p.grp = g.grp and p.reason <> 'dead'
+                 order by p.first_id limit 1)
+                union all
+                (select p.* from parked p where p.consumer = p_consumer and p.grp2 = g.grp and p.grp2 is not null
+                 and p.reason <> 'dead' order by p.first_id limit 1)
+            ) candidates order by first_id limit 1
+        ) h
+        where h.due_at is null
+    )
+    update parked p set due_at = greatest(clock_timestamp(), coalesce(p.not_before, clock_timestamp()))
+    from heads h
+    where p.id = h.id
+      and not (h.grp = any (v_out))
+      and (h.grp2 is null or not (h.grp2 = any (v_out)))
+      -- an update with two groups waits until it leads both
+      and not exists (select from parked q where q.consumer = p_consumer and q.reason <> 'dead' and q.grp = h.grp
+                      and q.first_id < h.first_id)
+      and not exists (select from parked q where q.consumer = p_consumer and q.reason <> 'dead' and q.grp2 is not null
+                      and q.grp2 = h.grp and q.first_id < h.first_id)
+      and (h.grp2 is null or (
+          not exists (select from parked q where q.consumer = p_consumer and q.reason <> 'dead' and q.grp = h.grp2
+                      and q.first_id < h.first_id)
+          and not exists (select from parked q where q.consumer = p_consumer and q.reason <> 'dead'
+                          and q.grp2 is not null and q.grp2 = h.grp2 and q.first_id < h.first_id)));
+    get diagnostics v_count = row_count;
+    return v_count;
+end $$;
+
+-- Park messages never handed out behind their groups, as runs of at most 200.
+create function sequin_park_behind(p_consumer uuid, p_source uuid, p_ids bigint[], p_grps bigint[])
+returns void language plpgsql set enable_seqscan = off as $$
+begin
+    with fresh as (
+        select u.grp, array_agg(u.id order by u.id) as ids from unnest(p_ids, p_grps) u(id, grp) group by u.grp
+    ), tail as (
+        select f.grp, f.ids, t.id as tail_id
+        from fresh f left join lateral (
+            select p.* from parked p where p.consumer = p_consumer and p.grp = f.grp and p.reason <> 'dead'
+            order by p.first_id desc limit 1
+        ) t on t.reason = 'blocked' and t.deliver_count = 0 and t.grp2 is null
+            and cardinality(t.ids) + cardinality(f.ids) <= 200
+            and not exists (select from parked q where q.consumer = p_consumer and q.reason <> 'dead'
+                            and q.grp2 is not null and q.grp2 = f.grp and q.first_id > t.first_id)
+    ), grown as (
+        update parked p set ids = p.ids || t.ids from tail t where p.id = t.tail_id
+    )
+    insert into parked (consumer, source, grp, first_id, ids, reason)
+    select p_consumer, p_source, t.grp, t.ids[s], t.ids[s:s + 199], 'blocked'
+    from tail t, generate_series(1, cardinality(t.ids), 200) s
+    where t.tail_id is null;
+end $$;
+
+-- Give messages of one token back: those in p_ids because they failed, and with them the later ones of their groups.
+-- A message past p_max_deliver becomes a dead letter and holds nothing back. The caller holds the position's row,
+-- and afterwards promotes `groups` and adds the counts to it.
+create function sequin_give_back(
+    p_consumer uuid, p_source uuid, p_token uuid, p_max_deliver integer, p_late_ack_counts boolean,
+    p_followers_were_sent boolean, p_ids bigint[], p_delays bigint[], p_reasons text[], p_errors text[],
+    p_statuses integer[], p_max_batches integer[],
+    out done integer, out freed integer, out parked integer, out dead integer, out groups bigint[])
+language plpgsql set enable_seqscan = off as $$
+declare
+    v_at      integer;
+    v_dead    boolean;
+    v_removed bigint[] := '{}';
+    v_held    bigint[] := '{}';
+    m         record;
+begin
+    done := 0; freed := 0; parked := 0; dead := 0; groups := '{}';
+    for m in
+        select u.* from leases l, unnest(l.ids, l.grps, l.grp2s, l.counts) u(id, grp, grp2, count)
+        where l.token = p_token and l.consumer = p_consumer order by u.id
+    loop
+        v_at := array_position(p_ids, m.id);
+        if v_at is not null then
+            done := done + 1;
+            v_dead := m.count >= p_max_deliver;
+            insert into parked (consumer, source, grp, grp2, first_id, ids, reason, not_before, deliver_count, max_batch,
+                                last_error, last_status, lease_token)
+            values (p_consumer, p_source, m.grp, m.grp2, m.id, array[m.id],
+                    case when v_dead then 'dead' else coalesce(p_reasons[v_at], 'retry') end,
+                    case when p_delays[v_at] > 0 and not coalesce(v_dead, false)
+                         then clock_timestamp() + p_delays[v_at] * interval '1 ms' end,
+                    m.count, p_max_batches[v_at], p_errors[v_at], p_statuses[v_at],
+                    case when p_late_ack_counts then p_token end);
+            if v_dead then
+                dead := dead + 1;
+            else
+                parked := parked + 1;
+                v_held := v_held || m.grp || coalesce(array[m.grp2], '{}');
+            end if;
+        elsif m.grp = any (v_held) or m.grp2 = any (v_held) then
+            insert into parked (consumer, source, grp, grp2, first_id, ids, reason, deliver_count, lease_token)
+            values (p_consumer, p_source, m.grp, m.grp2, m.id, array[m.id], 'blocked',
+                    m.count - case when p_followers_were_sent then 0 else 1 end, p_token);
+            parked := parked + 1;
+            v_held := v_held || m.grp || coalesce(array[m.grp2], '{}');
+        else
+            continue;
+        end if;
+        freed := freed + 1;
+        v_removed := v_removed || m.id;
+        groups := groups || m.grp || coalesce(array[m.grp2], '{}');
+    end loop;
+    groups := array_remove(groups, null);
+    if freed > 0 then
+        perform sequin_shrink_leases(p_consumer, p_token, v_removed);
+    end if;
+end $$;
+
+-- Take messages out of the leases of a token; a lease that holds none any more is deleted.
+create function sequin_shrink_leases(p_consumer uuid, p_token uuid, p_removed bigint[]) returns void language plpgsql
+set enable_seqscan = off as $$
+begin
+    with rest as (
+        select l.id, array_agg(u.id order by u.id) filter (where x.id is null) as ids,
+               array_agg(u.grp order by u.id) filter (where x.id is null) as grps,
+               array_agg(u.grp2 order by u.id) filter (where x.id is null) as grp2s,
+               array_agg(u.count order by u.id) filter (where x.id is null) as counts
+        from leases l, unnest(l.ids, l.grps, l.grp2s, l.counts) u(id, grp, grp2, count)
+        left join unnest(p_removed) x(id) on x.id = u.id
+        where l.token = p_token and l.consumer = p_consumer
+        group by l.id
+    ), gone as (
+        delete from leases l using rest r where l.id = r.id and r.ids is null
+    )
+    update leases l set ids = r.ids, grps = r.grps, grp2s = r.grp2s, counts = r.counts
+    from rest r where l.id = r.id and r.ids is not null and r.ids <> l.ids;
+end $$;
+
+-- Park what expired leases held; the tokens stay valid until the messages are handed out again.
+create function sequin_expire(p_consumer uuid, p_source uuid, p_max_deliver integer,
+                              out freed integer, out parked integer, out dead integer)
+language plpgsql set enable_seqscan = off as $$
+declare
+    l      record;
+    g      record;
+    v_grps bigint[] := '{}';
+begin
+    freed := 0; parked := 0; dead := 0;
+    for l in
+        select x.token, x.ids from leases x where x.consumer = p_consumer and x.until <= clock_timestamp()
+        order by x.until limit 200 for update
+    loop
+        select * into g from sequin_give_back(
+            p_consumer, p_source, l.token, p_max_deliver, true, true, l.ids, '{}', '{}',
+            array_fill('not acknowledged in time'::text, array[cardinality(l.ids)]), '{}', '{}');
+        freed := freed + g.freed; parked := parked + g.parked; dead := dead + g.dead;
+        v_grps := v_grps || g.groups;
+    end loop;
+    if freed > 0 then
+        perform sequin_promote(p_consumer, v_grps);
+    end if;
+end $$;
+
+-- The claim ----------------------------------------------------------------------------------------------------
+
+-- Hand out up to p_limit messages under a new lease: due heads of parked groups first, then the log from the position
+-- on. One row a message in log order; or one row without a message. `at_end`: nothing more can be had now;
+-- an empty answer without it means that p_scan rows were looked at in vain and the caller asks again.
+create function sequin_claim(p_consumer uuid, p_limit integer, p_lease_ms bigint, p_holder uuid, p_scan integer)
+returns table (
+    token uuid, at_end boolean, next_due_ms bigint, source uuid, id bigint, deliver_count integer, grp bigint, grp2 bigint,
+    max_batch integer, relation integer, action "char", record text, changes text, key text, commit_lsn bigint,
+    commit_idx bigint, committed_at text, epoch integer, unchanged text, old_values_known boolean, annotations text)
+language plpgsql set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
+#variable_conflict use_column
+declare
+    v_pos        consumer_position;
+    v_status     text;
+    v_tables     text[];
+    v_columns    text[];
+    v_max_out    integer;
+    v_max_deliver integer;
+    v_per_group  integer;
+    v_max_parked integer;
+    v_actions    "char"[];
+    v_relations  integer[];   -- null: all
+    v_now        timestamptz;
+    v_room       integer;
+    v_position   bigint;
+    v_end        boolean := false;
+    v_parked     integer := 0;  -- change of the parked count
+    v_dropped    bigint[] := '{}';  -- groups of which something was dropped
+    v_expired    record;
+    v_head       record;
+    v_row        record;
+    v_ids        bigint[] := '{}';
+    v_grps       bigint[] := '{}';
+    v_grp2s      bigint[] := '{}';
+    v_counts     integer[] := '{}';
+    v_batches    integer[] := '{}';
+    v_take       bigint[];
+    v_in_group   integer;
+    v_out        bigint[] := '{}';
+    v_window     integer;
+    v_scanned    integer := 0;
+    w_ids        bigint[];
+    w_grps       bigint[];
+    w_grp2s      bigint[];
+    w_last       bigint;
+    w_count      integer;
+    w_two        boolean;
+    b_ids        bigint[];   -- blocked: parked behind their groups
+    b_grps       bigint[];
+    t_ids        bigint[];
+    t_grps       bigint[];
+    t_grp2s      bigint[];
+    t_stop       bigint;
+    v_token      uuid;
+    i            integer;
+begin
+    -- A lost lease is a redelivery, so the claim need not wait for the disk.
+    perform set_config('synchronous_commit', 'off', true);
+    select p.* into v_pos from consumer_position p where p.consumer = p_consumer for update;
+    select c.status, c.tables, c.group_columns, c.max_ack_pending, c.max_deliver, c.max_per_group, c.max_parked,
+           array(select case a when 'insert' then 'I' when 'update' then 'U' when 'delete' then 'D' when 'truncate' then 'T'
+                        end::"char" from unnest(c.actions) a)
+      into v_status, v_tables, v_columns, v_max_out, v_max_deliver, v_per_group, v_max_parked, v_actions
+      from consumers_consumer c where c.id = p_consumer;
+    if v_pos.consumer is null or v_status is distinct from 'active' then
+        at_end := true;
+        return next;
+        return;
+    end if;
+    v_now := clock_timestamp();
+    v_position := v_pos.position;
+    v_columns := nullif(v_columns, '{}');
+    if cardinality(v_tables) > 0 then
+        v_relations := array(
+            select r.id from relation_version r where r.source = v_pos.source
+            and (r.schema_name || '.' || r.table_name = any (v_tables) or r.schema_name || '.*' = any (v_tables)));
+    end if;
+
+    -- 1. Leases that ended.
+    if v_pos.out_count > 0 then
+        select * into v_expired from sequin_expire(p_consumer, v_pos.source, v_max_deliver);
+        v_pos.out_count := v_pos.out_count - v_expired.freed;
+        v_pos.parked_count := v_pos.parked_count + v_expired.parked;
+        v_pos.dead_count := v_pos.dead_count + v_expired.dead;
+        v_pos.failed_count := v_pos.failed_count + v_expired.freed;
+        v_now := clock_timestamp();
+    end if;
+    v_room := least(p_limit, v_max_out - v_pos.out_count);
+
+    -- 2. Heads of parked groups that are due, each with what follows it in its group.
+    if v_pos.parked_count > 0 and v_room > 0 then
+        <<heads>>
+        for v_head in
+            select p.* from parked p where p.consumer = p_consumer and p.due_at <= v_now order by p.due_at limit v_room
+        loop
+            v_in_group := 0;
+            for v_row in
+                select p.* from parked p where p.id = v_head.id
+                union all
+                select * from (select p.* from parked p
+                    where v_head.grp2 is null and p.consumer = p_consumer and p.grp = v_head.grp and p.reason <> 'dead'
+                      and p.first_id > v_head.first_id order by p.first_id limit v_room) followers
+            loop
+                exit heads when v_room <= 0;
+                exit when v_in_group >= v_per_group;
+                if v_row.id <> v_head.id then
+                    -- One with a second group, or one behind such a one, waits for its own turn.
+                    exit when v_row.grp2 is not null or v_row.not_before > v_now or v_row.reason = 'error' or exists (
+                        select from parked q where q.consumer = p_consumer and q.reason <> 'dead' and q.grp2 is not null
+                        and q.grp2 = v_row.grp and q.first_id < v_row.first_id);
+                end if;
+                v_take := v_row.ids;
+                if v_row.deliver_count = 0 and v_row.reason = 'blocked' then
+                    -- Never handed out: what the consumer's settings now leave out is dropped.
+                    v_take := array(
+                        select m.id from messages m where m.source = v_pos.source and m.id = any (v_row.ids)
+                          and m.id between v_row.ids[1] and v_row.ids[cardinality(v_row.ids)]
+                          and (m.consumer = p_consumer
+                               or m.action = any (v_actions) and (v_relations is null or m.relation = any (v_relations)))
+                        union all
+                        select m.id from kept_messages m where m.source = v_pos.source and m.id = any (v_row.ids)
+                          and (m.consumer = p_consumer
+                               or m.action = any (v_actions) and (v_relations is null or m.relation = any (v_relations)))
+                        order by 1);
+                    if cardinality(v_take) < cardinality(v_row.ids) then
+                        v_parked := v_parked - (cardinality(v_row.ids) - cardinality(v_take));
+                        v_dropped := v_dropped || v_row.grp || v_row.grp2;
+                    end if;
+                end if;
+                w_count := cardinality(v_take);
+                v_take := v_take[1:least(v_room, coalesce(v_per_group, 1000000) - v_in_group)];
+                if cardinality(v_take) = w_count then
+                    delete from parked p where p.id = v_row.id;
+                else
+                    -- The rest of a run waits for the ack of what is taken now.
+                    update parked p set first_id = r.ids[1], ids = r.ids, due_at = null
+                    from (select array_agg(x order by x) as ids from unnest(v_row.ids) x
+                          where x > v_take[cardinality(v_take)]) r
+                    where p.id = v_row.id;
+                end if;
+                i := cardinality(v_take);
+                continue when i = 0;
+                v_ids := v_ids || v_take;
+                v_grps := v_grps || array_fill(v_row.grp, array[i]);
+                v_grp2s := v_grp2s || array_fill(v_row.grp2, array[i]);
+                v_counts := v_counts || array_fill(v_row.deliver_count + 1, array[i]);
+                v_batches := v_batches || array_fill(v_row.max_batch, array[i]);
+                v_parked := v_parked - i;
+                v_room := v_room - i;
+                v_in_group := v_in_group + i;
+            end loop;
+        end loop;
+    end if;
+
+    -- 3. The log.
+    if v_room > 0 and v_pos.parked_count + v_parked < v_max_parked then
+        if v_pos.out_count > 0 then
+            v_out := array(select sequin_groups_out(p_consumer));
+        end if;
+        v_window := greatest(v_room, 16);
+        loop
+            select array_agg(x.id) filter (where x.hit), array_agg(x.grp) filter (where x.hit),
+                   array_agg(nullif(x.grp2, x.grp)) filter (where x.hit),
+                   bool_or(x.grp2 <> x.grp) filter (where x.hit), max(x.id), count(*)
+              into w_ids, w_grps, w_grp2s, w_two, w_last, w_count
+              from (
+                select m.id,
+                       case when v_columns is null then hashtextextended(m.key, m.table_oid)
+                            else sequin_group(m.record, m.changes, v_columns, m.table_oid, false) end as grp,
+                       case when v_columns is not null then
+                                case when m.action = 'U' then sequin_group(m.record, m.changes, v_columns, m.table_oid, true) end
+                            when m.old_key is not null then hashtextextended(m.old_key, m.table_oid) end as grp2,
+                       m.consumer is not distinct from p_consumer
+                       or (m.consumer is null and m.action = any (v_actions)
+                           and (v_relations is null or m.relation = any (v_relations))
+                           and (m.epoch <> v_pos.start_epoch or m.commit_lsn >= v_pos.start_lsn)) as hit
+                from messages m where m.source = v_pos.source and m.id > v_position
+                order by m.id limit v_window
+              ) x;
+            v_scanned := v_scanned + w_count;
+            v_end := w_count < v_window;
+            if w_ids is not null then
+                if not coalesce(w_two, false) and v_out = '{}' and v_per_group is null
+                   and v_pos.parked_count + v_parked = 0 and cardinality(w_ids) <= v_room then
+                    -- Nothing out, nothing parked: all of it.
+                    v_ids := v_ids || w_ids;
+                    v_grps := v_grps || w_grps;
+                    v_grp2s := v_grp2s || w_grp2s;
+                    v_counts := v_counts || array_fill(1, array[cardinality(w_ids)]);
+                    v_batches := v_batches || array_fill(null::integer, array[cardinality(w_ids)]);
+                    v_room := v_room - cardinality(w_ids);
+                    if v_room = 0 then
+                        w_last := w_ids[cardinality(w_ids)];
+                    end if;
+                elsif coalesce(w_two, false) then
+                    -- Updates that changed their key tie two groups together, so it goes row by row.
+                    t_ids := '{}'; t_grps := '{}'; t_grp2s := '{}'; b_ids := '{}'; b_grps := '{}';
+                    declare
+                        v_busy bigint[] := array(
+                            select g.grp from (select distinct unnest(w_grps || array_remove(w_grp2s, null)) as grp) g
+                            where g.grp = any (v_out)
+                               or exists (select from parked q where q.consumer = p_consumer and q.grp = g.grp
+                                          and q.reason <> 'dead')
+                               or exists (select from parked q where q.consumer = p_consumer and q.grp2 is not null
+                                          and q.grp2 = g.grp and q.reason <> 'dead'));
+                        v_taken bigint[] := v_grps || array_remove(v_grp2s, null);
+                    begin
+                        for i in 1..cardinality(w_ids) loop
+                            if w_grps[i] = any (v_busy) or w_grp2s[i] = any (v_busy)
+                               or cardinality(array_positions(v_taken, w_grps[i])) >= v_per_group
+                               or cardinality(array_positions(v_taken, w_grp2s[i])) >= v_per_group then
+                                v_busy := v_busy || w_grps[i];
+                                if w_grp2s[i] is not null then
+                                    v_busy := v_busy || w_grp2s[i];
+                                    -- Its own row; what was blocked so far must lie in front of it.
+                                    perform sequin_park_behind(p_consumer, v_pos.source, b_ids, b_grps);
+                                    insert into parked (consumer, source, grp, grp2, first_id, ids, reason)
+                                    values (p_consumer, v_pos.source, w_grps[i], w_grp2s[i], w_ids[i], array[w_ids[i]],
+                                            'blocked');
+                                    v_parked := v_parked + cardinality(b_ids) + 1;
+                                    b_ids := '{}'; b_grps := '{}';
+                                else
+                                    b_ids := b_ids || w_ids[i];
+                                    b_grps := b_grps || w_grps[i];
+                                end if;
+                            else
+                                t_ids := t_ids || w_ids[i];
+                                t_grps := t_grps || w_grps[i];
+                                t_grp2s := t_grp2s || w_grp2s[i];
+                                v_taken := v_taken || w_grps[i] || coalesce(nullif(array[w_grp2s[i]], array[null::bigint]), '{}');
+                                if cardinality(t_ids) = v_room then
+                                    w_last := w_ids[i];
+                                    exit;
+                                end if;
+                            end if;
+                        end loop;
+                    end;
+                    perform sequin_park_behind(p_consumer, v_pos.source, b_ids, b_grps);
+                    v_parked := v_parked + cardinality(b_ids);
+                    v_ids := v_ids || t_ids;
+                    v_grps := v_grps || t_grps;
+                    v_grp2s := v_grp2s || t_grp2s;
+                    v_counts := v_counts || array_fill(1, array[cardinality(t_ids)]);
+                    v_batches := v_batches || array_fill(null::integer, array[cardinality(t_ids)]);
+                    v_room := v_room - cardinality(t_ids);
+                else
+                    with c as (
+                        select u.id, u.grp, u.n from unnest(w_ids, w_grps) with ordinality u(id, grp, n)
+                    ), taken as (
+                        select g.grp, count(*) as n from unnest(v_grps || v_grp2s) g(grp)
+                        where v_per_group is not null and g.grp is not null group by g.grp
+                    ), busy as materialized (
+                        select distinct c.grp from c
+                        where c.grp in (select unnest(v_out))
+                           or (v_pos.parked_count + v_parked > 0 and (
+                               exists (select from parked q where q.consumer = p_consumer and q.grp = c.grp
+                                       and q.reason <> 'dead')
+                               or exists (select from parked q where q.consumer = p_consumer and q.grp2 is not null
+                                          and q.grp2 = c.grp and q.reason <> 'dead')))
+                    ), marked as (
+                        select c.id, c.grp, c.n,
+                               b.grp is not null or coalesce(row_number() over (partition by c.grp order by c.n)
+                                                             + coalesce(t.n, 0) > v_per_group, false) as blocked
+                        from c left join busy b on b.grp = c.grp left join taken t on t.grp = c.grp
+                    ), cut as (
+                        select k.*, count(*) filter (where not k.blocked) over (order by k.n) as taken from marked k
+                    )
+                    select coalesce(array_agg(k.id order by k.n) filter (where not k.blocked and k.taken <= v_room), '{}'),
+                           coalesce(array_agg(k.grp order by k.n) filter (where not k.blocked and k.taken <= v_room), '{}'),
+                           coalesce(array_agg(k.id order by k.n) filter (where k.blocked and k.taken < v_room), '{}'),
+                           coalesce(array_agg(k.grp order by k.n) filter (where k.blocked and k.taken < v_room), '{}'),
+                           max(k.id) filter (where not k.blocked and k.taken = v_room)
+                      into t_ids, t_grps, b_ids, b_grps, t_stop
+                      from cut k;
+                    if b_ids <> '{}' then
+                        perform sequin_park_behind(p_consumer, v_pos.source, b_ids, b_grps);
+                        v_parked := v_parked + cardinality(b_ids);
+                    end if;
+                    if t_ids <> '{}' then
+                        v_ids := v_ids || t_ids;
+                        v_grps := v_grps || t_grps;
+                        v_grp2s := v_grp2s || array_fill(null::bigint, array[cardinality(t_ids)]);
+                        v_counts := v_counts || array_fill(1, array[cardinality(t_ids)]);
+                        v_batches := v_batches || array_fill(null::integer, array[cardinality(t_ids)]);
+                        v_room := v_room - cardinality(t_ids);
+                    end if;
+                    w_last := coalesce(t_stop, w_last);
+                end if;
+            end if;
+            v_position := coalesce(w_last, v_position);
+            exit when v_room <= 0 or v_end or v_scanned >= p_scan
+                   or v_pos.parked_count + v_parked >= v_max_parked;
+            v_window := least(v_window * 4, 5000);
+        end loop;
+    else
+        v_end := v_ids = '{}';
+    end if;
+
+    -- 4. The lease and the position.
+    if v_ids <> '{}' then
+        select array_agg(u.id order by u.id), array_agg(u.grp order by u.id), array_agg(u.grp2 order by u.id),
+               array_agg(u.n order by u.id), array_agg(u.b order by u.id)
+          into v_ids, v_grps, v_grp2s, v_counts, v_batches
+          from unnest(v_ids, v_grps, v_grp2s, v_counts, v_batches) u(id, grp, grp2, n, b);
+        v_token := gen_random_uuid();
+        insert into leases (token, consumer, source, until, ids, grps, grp2s, counts, holder)
+        values (v_token, p_consumer, v_pos.source, clock_timestamp() + p_lease_ms * interval '1 ms',
+                v_ids, v_grps, v_grp2s, v_counts, p_holder);
+    end if;
+    if v_dropped <> '{}' then
+        perform sequin_promote(p_consumer, array_remove(v_dropped, null));
+    end if;
+    update consumer_position p
+       set position = v_position, out_count = v_pos.out_count + cardinality(v_ids),
+           parked_count = v_pos.parked_count + v_parked, dead_count = v_pos.dead_count,
+           failed_count = v_pos.failed_count, taken_at = case when v_ids <> '{}' then v_now else p.taken_at end
+     where p.consumer = p_consumer
+       and (p.position, p.out_count, p.parked_count, p.dead_count) is distinct from
+           (v_position, v_pos.out_count + cardinality(v_ids), v_pos.parked_count + v_parked, v_pos.dead_count);
+
+    if v_ids = '{}' then
+        at_end := v_end;
+        select ceil(extract(epoch from least(
+                   (select min(l.until) from leases l where l.consumer = p_consumer),
+                   (select min(p.due_at) from parked p where p.consumer = p_consumer and p.due_at is not null))
+                   - clock_timestamp()) * 1000)
+          into next_due_ms;
+        return next;
+        return;
+    end if;
+    return query
+        select v_token, v_end, null::bigint, m.source, m.id, u.n, u.grp, u.grp2, u.b, m.relation, m.action, m.record,
+               m.changes, m.key, m.commit_lsn, m.commit_idx,
+               to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged,
+               m.old_values_known, m.annotations
+        from (
+            select * from messages m where m.source = v_pos.source and m.id = any (v_ids)
+                                       and m.id between v_ids[1] and v_ids[cardinality(v_ids)]
+            union all
+            select * from kept_messages m where m.source = v_pos.source and m.id = any (v_ids)
+        ) m
+        join unnest(v_ids, v_counts, v_grps, v_grp2s, v_batches) u(id, n, grp, grp2, b) on u.id = m.id
+        order by m.id;
+end $$;
+
+-- Settling -----------------------------------------------------------------------------------------------------
+
+-- Acknowledge. A receipt (token, id) that names nothing out, and nothing that came back under its token, is stale.
+create function sequin_ack(p_consumer uuid, p_tokens uuid[], p_ids bigint[], out done integer, out stale integer)
+language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off as $$
+declare
+    v_pos     consumer_position;
+    v_total   integer := cardinality(p_ids);
+    v_whole   uuid[];
+    v_freed   integer;
+    v_late    integer := 0;
+    v_dead    integer := 0;
+    v_grps    bigint[];
+    v_due     integer := 0;
+    r         record;
+    x         record;
+begin
+    perform set_config('synchronous_commit', 'off', true);
+    select p.* into v_pos from consumer_position p where p.consumer = p_consumer for update;
+    if v_pos.consumer is null then
+        done := 0; stale := v_total;
+        return;
+    end if;
+    v_grps := '{}';
+
+    -- Whole leases at once, which is what most clients settle.
+    with receipts as materialized (
+        select u.token, array_agg(distinct u.id order by u.id) as ids from unnest(p_tokens, p_ids) u(token, id) group by u.token
+    ), gone as (
+        delete from leases l using receipts c
+        where l.token = c.token and l.consumer = p_consumer and l.ids = c.ids
+        returning l.token, cardinality(l.ids) as n, l.grps, l.grp2s
+    )
+    select coalesce(sum(g.n), 0), coalesce(array_agg(g.token), '{}'),
+           case when v_pos.parked_count > 0 then
+               coalesce((select array_agg(distinct y) from gone h, unnest(h.grps || h.grp2s) y where y is not null), '{}')
+           else '{}' end
+      into v_freed, v_whole, v_grps
+      from gone g;
+
+    if v_freed < v_total then
+        for r in
+            select u.token, array_agg(distinct u.id) as ids from unnest(p_tokens, p_ids) u(token, id)
+            where u.token not in (select unnest(v_whole)) group by u.token
+        loop
+            select array_agg(u.id) as ids, array_agg(u.grp) || array_agg(u.grp2) as grps into x
+              from leases l, unnest(l.ids, l.grps, l.grp2s) u(id, grp, grp2)
+             where l.token = r.token and l.consumer = p_consumer and u.id = any (r.ids);
+            if x.ids is not null then
+                perform sequin_shrink_leases(p_consumer, r.token, x.ids);
+                v_freed := v_freed + cardinality(x.ids);
+                v_grps := v_grps || array_remove(x.grps, null);
+            end if;
+            if v_pos.parked_count + v_pos.dead_count > 0 then
+                -- Late, but before it was handed out again: counts.
+                for x in
+                    delete from parked p where p.lease_token = r.token and p.consumer = p_consumer and p.first_id = any (r.ids)
+                    returning p.reason, p.grp, p.grp2
+                loop
+                    if x.reason = 'dead' then
+                        v_dead := v_dead + 1;
+                    else
+                        v_late := v_late + 1;
+                    end if;
+                    v_grps := v_grps || x.grp || coalesce(nullif(array[x.grp2], array[null::bigint]), '{}');
+                end loop;
+            end if;
+        end loop;
+    end if;
+
+    done := v_freed + v_late + v_dead;
+    stale := v_total - done;
+    if done = 0 then
+        return;
+    end if;
+    update consumer_position p
+       set out_count = p.out_count - v_freed, parked_count = p.parked_count - v_late, dead_count = p.dead_count - v_dead,
+           acked_count = p.acked_count + v_freed + v_late + v_dead
+     where p.consumer = p_consumer;
+    if v_pos.parked_count > v_late then
+        v_due := sequin_promote(p_consumer, v_grps);
+    end if;
+    if v_due > 0 or v_pos.out_count >= (select c.max_ack_pending from consumers_consumer c where c.id = p_consumer) then
+        perform pg_notify('sequin_consumer', p_consumer::text);
+    end if;
+end $$;
+
+-- Give back: a nack of a pull client (p_sent: what follows in the group had been handed out with it), or a failed push
+-- (what follows was not sent, so it does not count as delivered).
+create function sequin_return(
+    p_consumer uuid, p_tokens uuid[], p_ids bigint[], p_delays bigint[], p_reasons text[], p_errors text[],
+    p_statuses integer[], p_max_batches integer[], p_sent boolean, out done integer, out stale integer)
+language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off as $$
+declare
+    v_pos         consumer_position;
+    v_max_deliver integer;
+    v_grps        bigint[] := '{}';
+    v_freed       integer := 0;
+    v_parked      integer := 0;
+    v_dead        integer := 0;
+    v_failed      integer := 0;
+    v_late        integer;
+    r             record;
+    g             record;
+begin
+    perform set_config('synchronous_commit', 'off', true);
+    select p.* into v_pos from consumer_position p where p.consumer = p_consumer for update;
+    done := 0; stale := cardinality(p_ids);
+    if v_pos.consumer is null then
+        return;
+    end if;
+    select c.max_deliver into v_max_deliver from consumers_consumer c where c.id = p_consumer;
+    for r in
+        select u.token, array_agg(u.id order by u.n) as ids, array_agg(u.delay order by u.n) as delays,
+               array_agg(u.reason order by u.n) as reasons, array_agg(u.error order by u.n) as errors,
+               array_agg(u.status order by u.n) as statuses, array_agg(u.batch order by u.n) as batches
+        from unnest(p_tokens, p_ids, p_delays, p_reasons, p_errors, p_statuses, p_max_batches) with ordinality
+             u(token, id, delay, reason, error, status, batch, n)
+        group by u.token
+    loop
+        -- Expired, but not handed out again: the delay and the error still count. What failed in a lease below is
+        -- parked under no token, so nothing is counted twice.
+        with late as (
+            update parked p
+               set not_before = case when u.delay > 0 then clock_timestamp() + u.delay * interval '1 ms' end,
+                   due_at = case when p.due_at is not null then clock_timestamp() + u.delay * interval '1 ms' end,
+                   lease_token = null, last_error = coalesce(u.error, p.last_error),
+                   last_status = coalesce(u.status, p.last_status), max_batch = coalesce(u.batch, p.max_batch)
+              from unnest(r.ids, r.delays, r.errors, r.statuses, r.batches) u(id, delay, error, status, batch)
+             where p.lease_token = r.token and p.consumer = p_consumer and p.first_id = u.id and p.reason <> 'dead'
+            returning 1)
+        select count(*) into v_late from late;
+        select * into g from sequin_give_back(p_consumer, v_pos.source, r.token, v_max_deliver, false, p_sent, r.ids,
+                                              r.delays, r.reasons, r.errors, r.statuses, r.batches);
+        done := done + g.done + v_late;
+        v_freed := v_freed + g.freed; v_parked := v_parked + g.parked; v_dead := v_dead + g.dead;
+        v_failed := v_failed + g.done;
+        v_grps := v_grps || g.groups;
+    end loop;
+    stale := stale - done;
+    if v_freed > 0 then
+        update consumer_position p
+           set out_count = p.out_count - v_freed, parked_count = p.parked_count + v_parked,
+               dead_count = p.dead_count + v_dead, failed_count = p.failed_count + v_failed
+         where p.consumer = p_consumer;
+        perform sequin_promote(p_consumer, v_grps);
+    end if;
+    if done > 0 then
+        perform pg_notify('sequin_consumer', p_consumer::text);
+    end if;
+end $$;
+
+-- Move the end of the leases of these messages to p_wait_ms from now.
+create function sequin_extend(p_consumer uuid, p_tokens uuid[], p_ids bigint[], p_wait_ms bigint,
+                              out done integer, out stale integer)
+language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off as $$
+declare
+    v_until timestamptz;
+    r       record;
+    l       record;
+begin
+    perform set_config('synchronous_commit', 'off', true);
+    perform from consumer_position p where p.consumer = p_consumer for update;
+    v_until := clock_timestamp() + p_wait_ms * interval '1 ms';
+    done := 0;
+    for r in
+        select u.token, array_agg(distinct u.id) as ids from unnest(p_tokens, p_ids) u(token, id) group by u.token
+    loop
+        for l in
+            select x.id, x.source, x.holder, x.token, count(*) as all_of_it,
+                   array_agg(u.id order by u.id) filter (where u.id = any (r.ids)) as ids,
+                   array_agg(u.grp order by u.id) filter (where u.id = any (r.ids)) as grps,
+                   array_agg(u.grp2 order by u.id) filter (where u.id = any (r.ids)) as grp2s,
+                   array_agg(u.count order by u.id) filter (where u.id = any (r.ids)) as counts,
+                   array_agg(u.id order by u.id) filter (where u.id <> all (r.ids)) as rest,
+                   array_agg(u.grp order by u.id) filter (where u.id <> all (r.ids)) as rest_grps,
+                   array_agg(u.grp2 order by u.id) filter (where u.id <> all (r.ids)) as rest_grp2s,
+                   array_agg(u.count order by u.id) filter (where u.id <> all (r.ids)) as rest_counts
+            from leases x, unnest(x.ids, x.grps, x.grp2s, x.counts) u(id, grp, grp2, count)
+            where x.token = r.token and x.consumer = p_consumer
+            group by x.id
+        loop
+            continue when l.ids is null;
+            done := done + cardinality(l.ids);
+            update leases x set until = v_until, ids = l.ids, grps = l.grps, grp2s = l.grp2s, counts = l.counts
+             where x.id = l.id and l.rest is null;
+            if l.rest is not null then
+                update leases x set ids = l.rest, grps = l.rest_grps, grp2s = l.rest_grp2s, counts = l.rest_counts
+                 where x.id = l.id;
+                insert into leases (token, consumer, source, until, ids, grps, grp2s, counts, holder)
+                values (l.token, p_consumer, l.source, v_until, l.ids, l.grps, l.grp2s, l.counts, l.holder);
+            end if;
+        end loop;
+    end loop;
+    stale := cardinality(p_ids) - done;
+end $$;
+
+-- People's decisions -------------------------------------------------------------------------------------------
+
+-- Let parked messages and dead letters be tried again now (p_discard: drop them), by id or by state, time and key.
+-- Returns how many.
+create function sequin_redrive(p_consumer uuid, p_discard boolean, p_ids bigint[], p_state text, p_since timestamptz,
+                               p_until timestamptz, p_key text)
+returns bigint language plpgsql set enable_seqscan = off set jit = off as $$
+declare
+    v_count  bigint;
+    v_parked bigint;
+    v_dead   bigint;
+    v_grps   bigint[];
+begin
+    perform from consumer_position p where p.consumer = p_consumer for update;
+    -- A run becomes single rows where only a part of it is meant.
+    with chosen as (
+        select p.id, p.grp, p.grp2, p.reason, u.id as message, p.ids
+        from parked p, unnest(p.ids) u(id)
+        where p.consumer = p_consumer
+          and (p_ids is null or u.id = any (p_ids))
+          and (p_state is null or (p_state = 'dead') = (p.reason = 'dead'))
+          and (p_since is null or p.parked_at >= p_since) and (p_until is null or p.parked_at < p_until)
+          and (p_key is null or p_key in (
+              select m.key from messages m where m.source = p.source and m.id = u.id
+              union all select m.key from kept_messages m where m.source = p.source and m.id = u.id))
+    ), rows as (
+        select c.id, c.reason, c.grp, c.grp2, array_agg(c.message) as messages, c.ids from chosen c
+        group by c.id, c.reason, c.grp, c.grp2, c.ids
+    ), dropped as (
+        delete from parked p using rows r where p_discard and p.id = r.id and cardinality(r.messages) = cardinality(r.ids)
+    ), cut as (
+        update parked p set ids = n.ids, first_id = n.ids[1], due_at = null
+        from rows r, lateral (select array_agg(x order by x) as ids from unnest(r.ids) x where x <> all (r.messages)) n
+        where p_discard and p.id = r.id and cardinality(r.messages) < cardinality(r.ids)
+    ), revived as (
+        update parked p
+           set reason = case when p.deliver_count = 0 and p.reason = 'blocked' then 'blocked' else 'retry' end,
+               not_before = null, due_at = null,
+               deliver_count = case when p.reason = 'dead' then 0 else p.deliver_count end, parked_at = clock_timestamp()
+          from rows r where not p_discard and p.id = r.id
+    )
+    select coalesce(sum(cardinality(r.messages)), 0), coalesce(sum(cardinality(r.messages)) filter (where r.reason <> 'dead'), 0),
+           coalesce(sum(cardinality(r.messages)) filter (where r.reason = 'dead'), 0),
+           coalesce((select array_agg(distinct y) from rows q, unnest(array[q.grp, q.grp2]) y where y is not null), '{}')
+      into v_count, v_parked, v_dead, v_grps
+      from rows r;
+    if v_count > 0 then
+        update consumer_position p
+           set parked_count = p.parked_count + case when p_discard then -v_parked else v_dead end,
+               dead_count = p.dead_count - v_dead
+         where p.consumer = p_consumer;
+        -- What is revived leads its group again, in front of what became due meanwhile.
+        update parked p set due_at = null where p.consumer = p_consumer and p.due_at is not null and p.grp = any (v_grps)
+           and not p_discard and exists (select from parked q where q.consumer = p_consumer and q.grp = p.grp
+                                         and q.reason <> 'dead' and q.first_id < p.first_id);
+        perform sequin_promote(p_consumer, v_grps);
+        perform pg_notify('sequin_consumer', p_consumer::text);
+    end if;
+    return v_count;
+end $$;
+
+-- Undo a hand-out: the pump stops before it has tried these. They keep their place and count as never handed out.
+create function sequin_undo(p_consumer uuid, p_tokens uuid[], p_ids bigint[]) returns integer
+language plpgsql set enable_seqscan = off set jit = off as $$
+declare
+    v_freed integer := 0;
+    v_grps  bigint[] := '{}';
+    r       record;
+    m       record;
+begin
+    perform set_config('synchronous_commit', 'off', true);
+    perform from consumer_position p where p.consumer = p_consumer for update;
+    for r in
+        select u.token, array_agg(distinct u.id) as ids from unnest(p_tokens, p_ids) u(token, id) group by u.token
+    loop
+        for m in
+            select u.*, l.source from leases l, unnest(l.ids, l.grps, l.grp2s, l.counts) u(id, grp, grp2, count)
+            where l.token = r.token and l.consumer = p_consumer and u.id = any (r.ids)
+        loop
+            insert into parked (consumer, source, grp, grp2, first_id, ids, reason, deliver_count, lease_token)
+            values (p_consumer, m.source, m.grp, m.grp2, m.id, array[m.id], 'blocked', m.count - 1, r.token);
+            v_freed := v_freed + 1;
+            v_grps := v_grps || m.grp || m.grp2;
+        end loop;
+        perform sequin_shrink_leases(p_consumer, r.token, r.ids);
+    end loop;
+    if v_freed > 0 then
+        update consumer_position p set out_count = p.out_count - v_freed, parked_count = p.parked_count + v_freed
+         where p.consumer = p_consumer;
+        perform sequin_promote(p_consumer, array_remove(v_grps, null));
+        perform pg_notify('sequin_consumer', p_consumer::text);
+    end if;
+    return v_freed;
+end $$;

@@ -1,0 +1,143 @@
+"""What goes into the log and what comes out of it, as plain tuples. Pure."""
+from __future__ import annotations
+
+from typing import NamedTuple, NewType
+from uuid import UUID
+
+Lsn = NewType("Lsn", int)
+"""A byte position in the WAL, 64 bits; written `16/B374D848` for people."""
+
+ACTIONS = {"I": "insert", "U": "update", "D": "delete", "T": "truncate", "R": "read"}
+
+
+class Progress(NamedTuple):
+    """How far a source's history is stored. Compared as a whole before every append."""
+
+    epoch: int
+    system_identifier: str
+    timeline: int
+    stored_lsn: int
+    """End LSN of the last transaction stored completely."""
+    part_lsn: int
+    """Commit LSN of the transaction stored in part, 0 when there is none."""
+    part_changes: int
+    """How many of its changes are stored."""
+    reached_lsn: int
+    """Up to here everything is stored or had nothing for us; the most that is ever confirmed."""
+
+
+class LogRow(NamedTuple):
+    """One change, ready for COPY. Texts are UTF-8 bytes of JSON."""
+
+    relation: int
+    """Id of the relation version (`Appender.register_relation`)."""
+    table_oid: int
+    action: bytes
+    """One of b"I", b"U", b"D", b"T", b"R"."""
+    key: bytes
+    """JSON array of the primary key's values as text, b"[]" without one."""
+    old_key: bytes | None
+    """The key before, only when an update changed it."""
+    xid: int
+    commit_lsn: int
+    commit_idx: int
+    committed_us: int
+    """Microseconds since 2000-01-01 UTC, as pgoutput sends them."""
+    record: bytes
+    changes: bytes | None
+    unchanged: bytes | None
+    """JSON array of the names of columns that were not sent (unchanged TOAST)."""
+    old_values_known: bool
+    annotations: bytes | None = None
+    consumer: UUID | None = None
+    """Set: the message is for this consumer alone."""
+
+
+class ColumnShape(NamedTuple):
+    name: str
+    type_oid: int
+    typmod: int
+    type_name: str
+
+
+class RelationShape(NamedTuple):
+    """One shape of a table, as a Relation message and the source's catalog tell it."""
+
+    oid: int
+    schema: str
+    table: str
+    columns: tuple[ColumnShape, ...]
+    primary_key: tuple[str, ...]
+    replica_identity: str
+
+
+class ClaimedMessage(NamedTuple):
+    """One message handed out. `record`, `changes`, `key`, `unchanged`, `annotations` are JSON texts."""
+
+    id: int
+    deliver_count: int
+    group: int
+    group2: int | None
+    max_batch: int | None
+    action: str
+    schema: str
+    table: str
+    record: str
+    changes: str | None
+    key: str
+    commit_lsn: int
+    commit_idx: int
+    committed_at: str
+    epoch: int
+    unchanged: str | None
+    old_values_known: bool
+    annotations: str | None
+    source_id: UUID
+
+
+class Claim(NamedTuple):
+    """What one claim handed out.
+
+    `at_end`: nothing more can be had now. `next_due_ms`: when nothing was handed out, milliseconds until the next lease
+    ends or the next parked message falls due, None when nothing is under way.
+    """
+
+    token: UUID | None
+    messages: list[ClaimedMessage]
+    at_end: bool
+    next_due_ms: int | None
+
+
+class Settled(NamedTuple):
+    """How many receipts counted, and how many named nothing that is out."""
+
+    done: int
+    stale: int
+
+
+class Failure(NamedTuple):
+    """One message a push could not deliver."""
+
+    token: UUID
+    id: int
+    delay_ms: int
+    error: str
+    status: int | None = None
+    reason: str = "retry"
+    max_batch: int | None = None
+    """The next push of this message may carry no more than so many messages."""
+
+
+class Backlog(NamedTuple):
+    """A consumer's messages by state. `waiting` is counted up to `waiting_limit` only."""
+
+    waiting: int
+    out: int
+    retry: int
+    blocked: int
+    error: int
+    dead: int
+
+    @property
+    def undelivered(self) -> int:
+        return self.waiting + self.out + self.retry + self.blocked + self.error
