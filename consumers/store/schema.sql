@@ -204,7 +204,7 @@ $$;
 
 -- Make due the head of each of these groups, where nothing holds it back any more. Returns how many became due.
 create function sequin_promote(p_consumer uuid, p_groups bigint[]) returns integer language plpgsql
-set enable_seqscan = off as $$
+set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 declare
     v_out   bigint[] := array(select sequin_groups_out(p_consumer));
     v_count integer;
@@ -244,7 +244,7 @@ end $$;
 
 -- Park messages never handed out behind their groups, as runs of at most 200.
 create function sequin_park_behind(p_consumer uuid, p_source uuid, p_ids bigint[], p_grps bigint[])
-returns void language plpgsql set enable_seqscan = off as $$
+returns void language plpgsql set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 begin
     with fresh as (
         select u.grp, array_agg(u.id order by u.id) as ids from unnest(p_ids, p_grps) u(id, grp) group by u.grp
@@ -274,7 +274,7 @@ create function sequin_give_back(
     p_followers_were_sent boolean, p_ids bigint[], p_delays bigint[], p_reasons text[], p_errors text[],
     p_statuses integer[], p_max_batches integer[],
     out done integer, out freed integer, out parked integer, out dead integer, out groups bigint[])
-language plpgsql set enable_seqscan = off as $$
+language plpgsql set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 declare
     v_at      integer;
     v_dead    boolean;
@@ -326,7 +326,7 @@ end $$;
 
 -- Take messages out of the leases of a token; a lease that holds none any more is deleted.
 create function sequin_shrink_leases(p_consumer uuid, p_token uuid, p_removed bigint[]) returns void language plpgsql
-set enable_seqscan = off as $$
+set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 begin
     with rest as (
         select l.id, array_agg(u.id order by u.id) filter (where x.id is null) as ids,
@@ -347,7 +347,7 @@ end $$;
 -- Park what expired leases held; the tokens stay valid until the messages are handed out again.
 create function sequin_expire(p_consumer uuid, p_source uuid, p_max_deliver integer,
                               out freed integer, out parked integer, out dead integer)
-language plpgsql set enable_seqscan = off as $$
+language plpgsql set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 declare
     l      record;
     g      record;
@@ -379,7 +379,8 @@ returns table (
     token uuid, at_end boolean, next_due_ms bigint, source uuid, id bigint, deliver_count integer, grp bigint, grp2 bigint,
     max_batch integer, relation integer, action "char", record text, changes text, key text, commit_lsn bigint,
     commit_idx bigint, committed_at text, epoch integer, unchanged text, old_values_known boolean, annotations text)
-language plpgsql set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
+language plpgsql set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
     v_pos        consumer_position;
@@ -396,6 +397,7 @@ declare
     v_room       integer;
     v_position   bigint;
     v_end        boolean := false;
+    v_from_parked boolean;
     v_parked     integer := 0;  -- change of the parked count
     v_dropped    bigint[] := '{}';  -- groups of which something was dropped
     v_expired    record;
@@ -523,6 +525,8 @@ begin
             end loop;
         end loop;
     end if;
+
+    v_from_parked := v_ids <> '{}';
 
     -- 3. The log.
     if v_room > 0 and v_pos.parked_count + v_parked < v_max_parked then
@@ -669,11 +673,13 @@ begin
     end if;
 
     -- 4. The lease and the position.
-    if v_ids <> '{}' then
+    if v_from_parked then
         select array_agg(u.id order by u.id), array_agg(u.grp order by u.id), array_agg(u.grp2 order by u.id),
                array_agg(u.n order by u.id), array_agg(u.b order by u.id)
           into v_ids, v_grps, v_grp2s, v_counts, v_batches
           from unnest(v_ids, v_grps, v_grp2s, v_counts, v_batches) u(id, grp, grp2, n, b);
+    end if;
+    if v_ids <> '{}' then
         v_token := gen_random_uuid();
         insert into leases (token, consumer, source, until, ids, grps, grp2s, counts, holder)
         values (v_token, p_consumer, v_pos.source, clock_timestamp() + p_lease_ms * interval '1 ms',
@@ -705,21 +711,21 @@ begin
                m.changes, m.key, m.commit_lsn, m.commit_idx,
                to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged,
                m.old_values_known, m.annotations
-        from (
-            select * from messages m where m.source = v_pos.source and m.id = any (v_ids)
-                                       and m.id between v_ids[1] and v_ids[cardinality(v_ids)]
+        from unnest(v_ids, v_counts, v_grps, v_grp2s, v_batches) u(id, n, grp, grp2, b)
+        -- one probe a message: what was parked may lie millions of ids before what was not
+        cross join lateral (
+            select * from messages x where x.source = v_pos.source and x.id = u.id
             union all
-            select * from kept_messages m where m.source = v_pos.source and m.id = any (v_ids)
-        ) m
-        join unnest(v_ids, v_counts, v_grps, v_grp2s, v_batches) u(id, n, grp, grp2, b) on u.id = m.id
-        order by m.id;
+            select * from kept_messages x where x.source = v_pos.source and x.id = u.id
+            limit 1
+        ) m;
 end $$;
 
 -- Settling -----------------------------------------------------------------------------------------------------
 
 -- Acknowledge. A receipt (token, id) that names nothing out, and nothing that came back under its token, is stale.
 create function sequin_ack(p_consumer uuid, p_tokens uuid[], p_ids bigint[], out done integer, out stale integer)
-language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off as $$
+language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
     v_pos     consumer_position;
     v_total   integer := cardinality(p_ids);
@@ -807,7 +813,7 @@ end $$;
 create function sequin_return(
     p_consumer uuid, p_tokens uuid[], p_ids bigint[], p_delays bigint[], p_reasons text[], p_errors text[],
     p_statuses integer[], p_max_batches integer[], p_sent boolean, out done integer, out stale integer)
-language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off as $$
+language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
     v_pos         consumer_position;
     v_max_deliver integer;
@@ -870,7 +876,7 @@ end $$;
 -- Move the end of the leases of these messages to p_wait_ms from now.
 create function sequin_extend(p_consumer uuid, p_tokens uuid[], p_ids bigint[], p_wait_ms bigint,
                               out done integer, out stale integer)
-language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off as $$
+language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
     v_until timestamptz;
     r       record;
