@@ -1,0 +1,6 @@
+"""The application that ties the others together; it holds the commands that know them all."""
+from django.apps import AppConfig
+
+
+class SequinAppConfig(AppConfig):
+    name = "sequinapp"

@@ -1,0 +1,44 @@
+"""Where everything is served: console, API, operations, the playground's receiver."""
+from __future__ import annotations
+
+from django.contrib import admin
+from django.http import HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
+from django.urls import include, path
+from django.views.defaults import bad_request, page_not_found, server_error
+from django.views.generic import RedirectView
+
+urlpatterns = [
+    path("", RedirectView.as_view(pattern_name="admin:index")),
+    path("admin/", admin.site.urls),
+    path("api/", include("delivery.urls")),
+    path("api/", include("consumers.api.urls")),
+    path("receiver/", include("delivery.receiver.urls")),
+    path("", include("delivery.urls_operations")),
+]
+
+
+def _in_api(request: HttpRequest) -> bool:
+    return request.path.startswith("/api/")
+
+
+def not_found(request: HttpRequest, exception: Exception) -> HttpResponseBase:
+    if _in_api(request):
+        return JsonResponse({"summary": f"there is nothing at {request.path}"}, status=404)
+    return page_not_found(request, exception)
+
+
+def refused(request: HttpRequest, exception: Exception) -> HttpResponseBase:
+    if _in_api(request):
+        return JsonResponse({"summary": "the request could not be read"}, status=400)
+    return bad_request(request, exception)
+
+
+def failed(request: HttpRequest) -> HttpResponse:
+    if _in_api(request):
+        return JsonResponse({"summary": "the server made a mistake; its log says more"}, status=500)
+    return server_error(request)
+
+
+handler404 = not_found
+handler400 = refused
+handler500 = failed
