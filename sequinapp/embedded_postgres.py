@@ -6,6 +6,7 @@ directory above its data. Works as root (Postgres then runs as an unprivileged u
 """
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -48,7 +49,7 @@ class EmbeddedPostgres:
 
     def __init__(self, home: Path, settings: dict[str, str] | None = None) -> None:
         self.home = home
-        self.root = home / "postgres"
+        self.root = _reachable(home / "postgres")
         self.data = self.root / "data"
         self.log_file = self.root / "server.log"
         self._settings = {**SETTINGS, **(settings or {})}
@@ -114,6 +115,8 @@ class EmbeddedPostgres:
 
     def _initialise(self, binaries: Path, user: pwd.struct_passwd | None) -> None:
         _make_directory(self.home, 0o711 if user else 0o700)
+        if self.root.parent != self.home:
+            _make_directory(self.root.parent, 0o711)
         _make_directory(self.root, 0o700, user)
         password_file = self.root / "initial_password"
         _write_private(password_file, self.password + "\n", user)
@@ -188,10 +191,11 @@ class EmbeddedPostgres:
         user = _run_as()
         if user is None or all(part.stat().st_mode & 0o001 for part in install.resolve().parents):
             return install / "bin"
-        copy = self.home / f"postgres-{SERVER_MAJOR}"
+        beside = self.root.parent  # the data's directory is reachable, so this one is
+        copy = beside / f"postgres-{SERVER_MAJOR}"
         if not (copy / "bin" / "postgres").exists():
-            _make_directory(self.home, 0o711)
-            half_made = self.home / f"postgres-{SERVER_MAJOR}.new"
+            _make_directory(beside, 0o711)
+            half_made = beside / f"postgres-{SERVER_MAJOR}.new"
             shutil.rmtree(half_made, ignore_errors=True)
             shutil.copytree(install, half_made, symlinks=True)
             half_made.chmod(0o755)
@@ -203,6 +207,16 @@ class EmbeddedPostgres:
             return " | ".join(self.log_file.read_text(errors="replace").strip().splitlines()[-3:])
         except OSError:
             return "(no log)"
+
+
+def _reachable(root: Path) -> Path:
+    """`root`, or, when we are root and it lies below a directory that is closed to others, a place in /var/lib."""
+    if os.geteuid() != 0:
+        return root
+    closed = [p for p in root.absolute().parents if p != root.parent and p.exists() and not p.stat().st_mode & 0o001]
+    if not closed:
+        return root
+    return Path("/var/lib/sequin") / hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]
 
 
 def _password() -> str:

@@ -1,0 +1,11 @@
+"""What is configured and what is stored: sources, endpoints, consumers, tokens, and the store."""
+from django.apps import AppConfig
+
+
+class ConsumersConfig(AppConfig):
+    name = "consumers"
+    verbose_name = "Consumers"
+    default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        from consumers import signals  # noqa: F401  (connects the receivers)

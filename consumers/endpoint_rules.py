@@ -1,0 +1,53 @@
+"""What may stand in an endpoint's URL and headers. Pure. The address actually dialled is judged by delivery."""
+from __future__ import annotations
+
+import re
+from typing import Any
+from urllib.parse import urlsplit
+
+RESERVED_HEADERS = ("host", "content-length", "transfer-encoding", "connection", "content-type")
+RESERVED_PREFIX = "webhook-"
+
+
+def check_url(url: Any) -> str | None:
+    """What is wrong with the URL, or None."""
+    if not isinstance(url, str) or not url:
+        return "expected a URL such as https://example.com/hooks"
+    if re.search(r"[\x00-\x20\x7f]", url):
+        return "may not contain spaces or control characters"
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  (raises when it is not a number)
+    except ValueError as error:
+        return f"is not a URL: {error}"
+    if parts.scheme not in ("http", "https"):
+        return f"expected http:// or https://, got {parts.scheme + '://' if parts.scheme else 'no scheme'}"
+    if not parts.hostname:
+        return "names no host"
+    if parts.username is not None or parts.password is not None:
+        return "may not contain a user or password: put them into secret_headers, where they are encrypted"
+    if parts.fragment or url.endswith("#"):
+        return "may not contain a fragment (#…): it is never sent"
+    return None
+
+
+def check_headers(headers: Any) -> str | None:
+    """What is wrong with a mapping of header names to values, or None."""
+    if not isinstance(headers, dict):
+        return 'expected an object such as {"x-team": "shop"}'
+    for name, value in headers.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,200}", name):
+            return f"{name!r} is not a header name"
+        if name.lower() in RESERVED_HEADERS or name.lower().startswith(RESERVED_PREFIX):
+            return f"{name} is reserved: it is set by the service"
+        if not isinstance(value, str) or len(value) > 8000 or re.search(r"[\r\n\0]", value) or not _is_latin1(value):
+            return f"the value of {name} is not a header value: expected one line of Latin-1 text"
+    return None
+
+
+def _is_latin1(text: str) -> bool:
+    try:
+        text.encode("latin-1")
+    except UnicodeEncodeError:
+        return False
+    return True
