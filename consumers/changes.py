@@ -1,0 +1,141 @@
+"""Create, change and delete what is configured: the one path of admin, API and loaddata, with the same effects.
+
+A source that is saved gets its publication and slot; a consumer gets its tables published and its position in the log.
+Everything that can fail is done before or inside the transaction that saves, so nothing half made is left.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+from django.core.exceptions import ValidationError
+from django.db import transaction
+
+from consumers.models import Consumer, HttpEndpoint, Source
+from consumers.source_connection import SourceUnreachable
+from consumers.source_setup import SetupRefused, drop_slot, prepare_source, publish_tables, source_position
+from consumers.store import lifecycle
+
+REACHED_BY = ("host", "port", "database", "username", "password", "sslmode", "ssl_root_cert", "slot_name", "publication_name")
+
+
+class InUse(Exception):
+    """Refused because others depend on it. The text says who, and what to do."""
+
+
+def save(thing: Source | HttpEndpoint | Consumer) -> None:
+    """Validate and save, with all effects. Raises ValidationError, with nothing changed."""
+    thing.full_clean()
+    if isinstance(thing, Source):
+        _save_source(thing)
+    elif isinstance(thing, Consumer):
+        _save_consumer(thing)
+    else:
+        thing.save()
+
+
+def delete(thing: Source | HttpEndpoint | Consumer, *, discard: bool = False, drop_replication: bool = False) -> None:
+    """Delete, or raise InUse. `discard`: a consumer may go with what it has not delivered.
+
+    `drop_replication`: a source takes its slot and publication along, where we made them.
+    """
+    if isinstance(thing, Consumer):
+        _delete_consumer(thing, discard)
+        return
+    users = list(thing.consumers.order_by("name").values_list("name", flat=True))
+    if users:
+        raise InUse(f"{thing.name} is used by {_listed(users)}: delete these first")
+    if isinstance(thing, Source):
+        if drop_replication:
+            try:
+                drop_slot(thing)
+            except (SourceUnreachable, psycopg.Error) as error:
+                raise InUse(f"its slot could not be dropped: {error}. Delete the source without it, and later the slot") from None
+        with transaction.atomic():
+            lifecycle.drop_source(thing.pk)
+            thing.delete()
+    else:
+        thing.delete()
+
+
+def _save_source(source: Source) -> None:
+    before = None if source._state.adding else Source.objects.filter(pk=source.pk).first()
+    same_place = before is not None and all(getattr(before, name) == getattr(source, name) for name in REACHED_BY)
+    if source.status == "active" and not same_place:
+        try:
+            made = prepare_source(source)
+        except SourceUnreachable as error:
+            raise ValidationError({"host": f"{error}"}) from None
+        except SetupRefused as error:
+            raise ValidationError({error.field: error.reason}) from None
+        except psycopg.Error as error:
+            raise ValidationError({"host": " ".join(str(error).split())}) from None
+        if before is None or before.slot_name != source.slot_name:
+            source.slot_created = made.slot_created
+        else:
+            source.slot_created = before.slot_created or made.slot_created
+        if before is None or before.publication_name != source.publication_name:
+            source.publication_created = made.publication_created
+        else:
+            source.publication_created = before.publication_created or made.publication_created
+    source.save()
+
+
+def _save_consumer(consumer: Consumer) -> None:
+    before = None if consumer._state.adding else Consumer.objects.filter(pk=consumer.pk).first()
+    if before is None or before.tables != consumer.tables:
+        _publish(consumer)
+    if before is None:
+        with transaction.atomic():
+            consumer.save()
+            lifecycle.create_position(consumer.pk, consumer.source_id, _position(consumer.source))
+        return
+    with transaction.atomic():
+        consumer.save()
+        if before.status != consumer.status:
+            if consumer.status == "disabled":
+                lifecycle.disable(consumer.pk)
+            elif before.status == "disabled":
+                lifecycle.enable(consumer.pk)
+        lifecycle.wake(consumer.pk)
+
+
+def _publish(consumer: Consumer) -> None:
+    try:
+        publish_tables(consumer.source, consumer.tables)
+    except SourceUnreachable as error:
+        raise ValidationError({"source": f"{error}"}) from None
+    except SetupRefused as error:
+        raise ValidationError({error.field: error.reason}) from None
+
+
+def _position(source: Source) -> int:
+    try:
+        return source_position(source)
+    except SourceUnreachable as error:
+        raise ValidationError(
+            {"source": f"{error}. A new consumer begins at the source's present position, so the source must answer"}
+        ) from None
+
+
+def _delete_consumer(consumer: Consumer, discard: bool) -> None:
+    with transaction.atomic():
+        undelivered = lifecycle.backlog(consumer.pk).undelivered
+        if undelivered and not discard:
+            raise InUse(
+                f"{consumer.name} has {undelivered} undelivered messages: delete it with ?discard=true to drop them"
+            )
+        lifecycle.drop_consumer(consumer.pk)
+        consumer.delete()
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:20])
+    return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
+
+
+def errors_of(error: ValidationError) -> dict[str, Any]:
+    """A ValidationError as `{"field": ["sentence", …]}`."""
+    if hasattr(error, "error_dict"):
+        return {("non_field_errors" if field == "__all__" else field): messages for field, messages in error.message_dict.items()}
+    return {"non_field_errors": error.messages}

@@ -1,0 +1,197 @@
+"""`manage.py loaddata FILE…`: set up sources, endpoints and consumers from fixtures.
+
+Django's own loaddata validates nothing and overwrites every field. This one looks each object up by its natural key, sets
+only the fields the fixture names, validates, and saves through `consumers.changes`, so creating has the same effects as in
+console and API, and loading twice changes nothing.
+"""
+from __future__ import annotations
+
+import json
+import os
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+from django.core.exceptions import FieldDoesNotExist, ValidationError
+from django.core.management.base import BaseCommand, CommandError
+from django.db import models, transaction
+
+from consumers import changes
+from consumers.models import ApiToken, Consumer, HttpEndpoint, Source
+
+MODELS: dict[str, type[Source] | type[HttpEndpoint] | type[Consumer]] = {
+    "consumers.source": Source,
+    "consumers.httpendpoint": HttpEndpoint,
+    "consumers.consumer": Consumer,
+}
+LATER = {"consumers.backfill": "backfills are not available in this version"}
+FIXTURE_DIR = "fixtures"
+
+
+class Refused(Exception):
+    """What is wrong with one object: a field, or "" for the object itself, and a sentence."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        self.field, self.reason = field, reason
+        super().__init__(reason)
+
+
+class Command(BaseCommand):
+    help = "Load fixtures: one transaction; created, changed and unchanged objects are counted."
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("files", nargs="+", metavar="FILE")
+
+    def handle(self, *_: Any, **options: Any) -> None:
+        counts = {"created": 0, "changed": 0, "unchanged": 0}
+        with transaction.atomic():
+            for name in options["files"]:
+                path = _find(name)
+                for number, entry in enumerate(_read(path), 1):
+                    try:
+                        counts[_load(entry)] += 1
+                    except Refused as error:
+                        where = f": {error.field}" if error.field else ""
+                        raise CommandError(f"{path}: object {number} ({_title(entry)}){where}: {error.reason}") from None
+        self.stdout.write(", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+def _find(name: str) -> Path:
+    for path in (Path(name), settings.BASE_DIR / FIXTURE_DIR / name, settings.BASE_DIR / FIXTURE_DIR / f"{name}.json"):
+        if path.is_file():
+            return path
+    raise CommandError(f"{name}: there is no such file, here or in {FIXTURE_DIR}/")
+
+
+def _read(path: Path) -> list[Any]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"{path}: cannot be read: {error}") from None
+    except ValueError as error:
+        raise CommandError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise CommandError(f"{path}: expected a list of objects, got {type(entries).__name__}")
+    return entries
+
+
+def _title(entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return "not an object"
+    fields = entry.get("fields")
+    name = fields.get("name") if isinstance(fields, dict) else None
+    return f"{entry.get('model')} {name}" if name else str(entry.get("model"))
+
+
+def _load(entry: Any) -> str:
+    if not isinstance(entry, dict) or not isinstance(entry.get("fields"), dict):
+        raise Refused("", 'expected {"model": "consumers.…", "fields": {…}}')
+    unknown = set(entry) - {"model", "fields", "pk"}
+    if unknown:
+        raise Refused("", f"unknown member {', '.join(sorted(unknown))}; expected model, fields and perhaps pk")
+    label = str(entry.get("model", "")).lower()
+    if label in LATER:
+        raise Refused("", LATER[label])
+    if label == ApiToken._meta.label_lower:
+        raise Refused("", "tokens are made with create_api_token or in the console, never by a fixture")
+    model = MODELS.get(label)
+    if model is None:
+        raise Refused("model", f"expected one of {', '.join(MODELS)}, got {entry.get('model')!r}")
+    fields = {name: _from_environment(name, value) for name, value in entry["fields"].items()}
+    thing, created = _look_up(model, entry.get("pk"), fields)
+    changed = _assign(model, thing, fields, created)
+    try:
+        if created or changed:
+            changes.save(thing)
+        else:
+            return "unchanged"
+    except ValidationError as error:
+        field, messages = next(iter(changes.errors_of(error).items()))
+        raise Refused("" if field == "non_field_errors" else field, " ".join(messages)) from None
+    return "created" if created else "changed"
+
+
+def _look_up(model: Any, pk: Any, fields: dict[str, Any]) -> tuple[Any, bool]:
+    name = fields.get("name")
+    try:
+        thing = model.objects.filter(pk=pk).first() if pk is not None else None
+    except (ValidationError, ValueError):
+        raise Refused("pk", f"expected a UUID, got {pk!r}") from None
+    if thing is None and isinstance(name, str):
+        thing = model.objects.filter(name=name).first()
+        if thing is not None and pk is not None and str(thing.pk) != str(pk):
+            raise Refused("pk", f"{name} exists already and has the id {thing.pk}")
+    if thing is not None:
+        return thing, False
+    if not isinstance(name, str):
+        raise Refused("name", "is required")
+    return (model(pk=pk) if pk is not None else model()), True
+
+
+def _assign(model: Any, thing: Any, fields: dict[str, Any], created: bool) -> bool:
+    """Set the fields the fixture names; true when one differs from what is saved."""
+    changed = False
+    for name, value in fields.items():
+        try:
+            field = model._meta.get_field(name)
+        except FieldDoesNotExist:
+            field = None
+        if field is None or not isinstance(field, models.Field) or (not field.editable and name != "id"):
+            known = sorted(f.name for f in model._meta.fields if f.editable and f.name != "id")
+            raise Refused(name, f"is not a field; expected some of {', '.join(known)}")
+        if isinstance(field, models.ForeignKey):
+            value = _referred(name, field, value)
+        else:
+            value = _typed(name, field, value)
+        if getattr(thing, name) != value:
+            setattr(thing, name, value)
+            changed = True
+    return changed or created
+
+
+def _typed(name: str, field: models.Field[Any, Any], value: Any) -> Any:
+    if value is None and field.null:
+        return None
+    wrong_text = isinstance(field, (models.CharField, models.TextField)) and not isinstance(value, (str, dict))
+    wrong_int = isinstance(field, models.IntegerField) and (isinstance(value, bool) or not str(value).lstrip("-").isdigit())
+    if value is None or wrong_text or wrong_int:
+        kind = "a whole number" if wrong_int or isinstance(field, models.IntegerField) else "a text"
+        raise Refused(name, f"expected {kind}, got {json.dumps(value)}")
+    if hasattr(field, "base_field") and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        raise Refused(name, f"expected a list of texts, got {json.dumps(value)}")
+    try:
+        return field.to_python(value)
+    except ValidationError as error:
+        raise Refused(name, " ".join(error.messages)) from None
+
+
+def _referred(name: str, field: Any, value: Any) -> Any:
+    """`["name"]` (Django's natural key), `"name"`, or an id."""
+    if value is None:
+        return None
+    key = value[0] if isinstance(value, list) and len(value) == 1 else value
+    model = field.related_model
+    found = None
+    if isinstance(key, str):
+        found = model.objects.filter(name=key).first()
+        if found is None:
+            try:
+                found = model.objects.filter(pk=key).first()
+            except ValidationError:
+                found = None
+    if found is None:
+        raise Refused(name, f"there is no {model._meta.verbose_name} {json.dumps(value)}; write it as [\"NAME\"]")
+    return found
+
+
+def _from_environment(name: str, value: Any) -> Any:
+    """Replace "env:NAME" by the variable's value, also inside an object."""
+    if isinstance(value, dict):
+        return {key: _from_environment(f"{name}.{key}", item) for key, item in value.items()}
+    if isinstance(value, str) and value.startswith("env:"):
+        variable = value.removeprefix("env:")
+        if variable not in os.environ:
+            raise Refused(name, f"the environment variable {variable} is not set")
+        return os.environ[variable]
+    return value

@@ -1,0 +1,106 @@
+"""Connect to a source: one place for the options every such connection pins, and for errors that name no secret."""
+from __future__ import annotations
+
+import re
+import tempfile
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+CONNECT_TIMEOUT_S = 10
+# Everything that shapes values as text is fixed, for replication and for reading rows alike.
+PINNED_SETTINGS = {
+    "TimeZone": "UTC",
+    "DateStyle": "ISO",
+    "IntervalStyle": "postgres",
+    "extra_float_digits": "1",
+    "bytea_output": "hex",
+    "client_min_messages": "warning",
+    "search_path": "pg_catalog",
+}
+
+
+class SourceParameters(Protocol):
+    """What a connection needs of a source; models.Source has it."""
+
+    host: Any
+    port: Any
+    database: Any
+    username: Any
+    password: Any
+    ssl_root_cert: Any
+
+    @property
+    def effective_sslmode(self) -> str: ...
+
+
+class SourceUnreachable(Exception):
+    """The source cannot be reached or refuses us. `reason` is one line without secrets."""
+
+    def __init__(self, host: str, port: int, reason: str) -> None:
+        self.host, self.port, self.reason = host, port, reason
+        super().__init__(f"cannot connect to {host}:{port}: {reason}")
+
+
+def conninfo(source: SourceParameters, *, replication: bool = False) -> str:
+    """The libpq connection string of a source, password included: never log it."""
+    options = " ".join(f"-c {name}={value}" for name, value in PINNED_SETTINGS.items())
+    parameters: dict[str, Any] = {
+        "host": source.host,
+        "port": source.port,
+        "dbname": source.database,
+        "user": source.username,
+        "password": source.password or None,
+        "sslmode": source.effective_sslmode,
+        "sslrootcert": _root_certificate(source.ssl_root_cert),
+        "application_name": "sequin",
+        "client_encoding": "UTF8",
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "keepalives_idle": 15,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 30_000,
+        "options": options,
+    }
+    if replication:
+        parameters["replication"] = "database"
+    return make_conninfo("", **{name: value for name, value in parameters.items() if value is not None})
+
+
+def connect(source: SourceParameters, *, statement_timeout_ms: int = 30_000) -> psycopg.Connection[Any]:
+    """Open an ordinary connection in autocommit. Raises SourceUnreachable."""
+    try:
+        connection = psycopg.connect(conninfo(source), autocommit=True)
+        connection.execute(f"SET statement_timeout = {int(statement_timeout_ms)}")
+    except (psycopg.Error, UnicodeError) as error:
+        raise SourceUnreachable(source.host, source.port, reason_of(error, source)) from None
+    return connection
+
+
+def reason_of(error: BaseException, source: SourceParameters | None = None) -> str:
+    """libpq's message as one line, without the password."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"^connection (failed|is bad): ", "", text)
+    text = re.sub(r"^connection to server at [^:]*?, port \d+ failed: ", "", text)
+    if source is not None and source.password:
+        text = text.replace(source.password, "********")
+    return text[:500]
+
+
+@lru_cache(maxsize=64)
+def _root_certificate(text: str) -> str | None:
+    """libpq wants a file; a pasted certificate is put into one."""
+    if not text:
+        return None
+    if "-----BEGIN" not in text:
+        return text
+    path = Path(tempfile.gettempdir()) / f"sequin-{sha256(text.encode()).hexdigest()[:24]}.pem"
+    if not path.exists():
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(text)
+        Path(file.name).replace(path)
+    return str(path)

@@ -1,0 +1,157 @@
+"""API tokens: making them, and knowing a request by one.
+
+A token is 32 random bytes; its SHA-256 is kept. Looking one up costs a dictionary access for a few seconds after the
+first; `forget` empties that at once when the configuration changes.
+"""
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from django.http import HttpRequest
+from django.utils import timezone
+from rest_framework.authentication import BaseAuthentication
+from rest_framework.exceptions import AuthenticationFailed
+from rest_framework.permissions import BasePermission
+
+from consumers.models import ApiToken, Consumer
+
+PREFIX = "sqn_"
+CACHE_S = 5.0
+CACHE_SIZE = 10_000
+USED_EVERY_S = 60.0
+RANK = {"pull": 0, "manage": 1, "admin": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: what DRF calls the user. `consumers` None: all."""
+
+    token_id: UUID
+    name: str
+    scope: str
+    consumers: frozenset[UUID] | None
+    expires_at: datetime | None
+    is_authenticated: bool = True
+
+    def may(self, scope: str) -> bool:
+        return RANK[self.scope] >= RANK[scope]
+
+    def reaches(self, consumer_id: UUID) -> bool:
+        return self.consumers is None or consumer_id in self.consumers
+
+
+_cache: dict[str, tuple[float, Caller]] = {}
+_used: dict[UUID, float] = {}
+_lock = threading.Lock()
+
+
+def create_token(name: str, scope: str = "pull", consumers: list[Consumer] | None = None) -> tuple[ApiToken, str]:
+    """Make a token. Returns it and its plain text, which is not kept. Raises ValidationError."""
+    plain = PREFIX + secrets.token_urlsafe(32)
+    token = ApiToken(name=name, scope=scope, token_hash=_hash(plain), prefix=plain[:10])
+    token.full_clean()
+    token.save()
+    token.consumers.set(consumers or [])
+    return token, plain
+
+
+def find_caller(plain: str) -> Caller | None:
+    """The caller whose token this is, None when there is none, or it is revoked or expired."""
+    digest = _hash(plain)
+    known = _cache.get(digest)
+    now = time.monotonic()
+    if known is not None and known[0] > now:
+        caller = known[1]
+    else:
+        found = _load(digest)
+        if found is None:
+            _cache.pop(digest, None)
+            return None
+        caller = found
+        with _lock:
+            if len(_cache) >= CACHE_SIZE:
+                _cache.clear()
+            _cache[digest] = (now + CACHE_S, caller)
+    if caller.expires_at is not None and caller.expires_at <= timezone.now():
+        return None
+    if _used.get(caller.token_id, -USED_EVERY_S) + USED_EVERY_S <= now:
+        _used[caller.token_id] = now
+        ApiToken.objects.filter(pk=caller.token_id).update(last_used_at=timezone.now())
+    return caller
+
+
+def forget() -> None:
+    """Look every token up again: one was revoked or changed."""
+    with _lock:
+        _cache.clear()
+
+
+class TokenAuthentication(BaseAuthentication):
+    """`Authorization: Bearer TOKEN`."""
+
+    def authenticate(self, request: Any) -> tuple[Caller, None]:
+        header = request.META.get("HTTP_AUTHORIZATION", "")
+        kind, _, plain = header.partition(" ")
+        if kind.lower() != "bearer" or not plain.strip():
+            raise AuthenticationFailed("expected the header Authorization: Bearer TOKEN")
+        caller = find_caller(plain.strip())
+        if caller is None:
+            raise AuthenticationFailed("the token is unknown, revoked or expired")
+        return caller, None
+
+    def authenticate_header(self, request: Any) -> str:
+        return "Bearer"
+
+
+class ScopeRequired(BasePermission):
+    """The caller's scope includes the view's `required_scope` (pull < manage < admin)."""
+
+    def has_permission(self, request: Any, view: Any) -> bool:
+        needed = getattr(view, "required_scope", "manage")
+        self.message = f"the token's scope is {getattr(request.user, 'scope', 'none')}; this needs {needed}"
+        return isinstance(request.user, Caller) and request.user.may(needed)
+
+
+class ConsoleOrToken(BasePermission):
+    """A console login, or any token that may manage."""
+
+    def has_permission(self, request: Any, view: Any) -> bool:
+        user = request.user
+        if isinstance(user, Caller):
+            return user.may("manage")
+        return bool(user is not None and getattr(user, "is_staff", False))
+
+
+def may_operate(request: HttpRequest, public: bool) -> bool:
+    """Whether /health and /metrics are shown: on loopback, when public, or with a token that may manage."""
+    address = request.META.get("REMOTE_ADDR", "")
+    forwarded = "HTTP_X_FORWARDED_FOR" in request.META or "HTTP_FORWARDED" in request.META
+    try:
+        local = not address or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        local = False
+    if public or (local and not forwarded):
+        return True
+    kind, _, plain = request.META.get("HTTP_AUTHORIZATION", "").partition(" ")
+    caller = find_caller(plain.strip()) if kind.lower() == "bearer" and plain.strip() else None
+    return caller is not None and caller.may("manage")
+
+
+def _hash(plain: str) -> str:
+    return hashlib.sha256(plain.encode("utf-8", "replace")).hexdigest()
+
+
+def _load(digest: str) -> Caller | None:
+    token = ApiToken.objects.filter(token_hash=digest, revoked_at=None).first()
+    if token is None:
+        return None
+    ids = frozenset(token.consumers.values_list("pk", flat=True))
+    return Caller(token.pk, token.name, token.scope, ids or None, token.expires_at)
