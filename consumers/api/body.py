@@ -1,0 +1,34 @@
+"""Read a request's JSON body within its limit."""
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from django.core.exceptions import RequestDataTooBig
+
+from consumers.api.errors import MAX_BODY_BYTES, BadParameter
+
+
+def read_object(request: Any) -> dict[str, Any]:
+    """The body as a JSON object; an empty body is an empty object. Raises BadParameter, RequestDataTooBig."""
+    http = getattr(request, "_request", request)
+    try:
+        length = int(http.META.get("CONTENT_LENGTH") or 0)
+    except ValueError:
+        raise BadParameter("Content-Length is not a number") from None
+    if length > MAX_BODY_BYTES:
+        raise RequestDataTooBig
+    body = http.body
+    if not body.strip():
+        return {}
+    try:
+        value = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadParameter(f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadParameter(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,81 @@
+"""Find the consumer a request names, from a short-lived cache that the listener empties when configuration changes."""
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from uuid import UUID
+
+from rest_framework.exceptions import NotFound
+
+from consumers.envelope import addressing
+from consumers.models import Consumer
+from consumers.tokens import Caller
+
+CACHE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """What pulling needs to know of a consumer."""
+
+    id: UUID
+    name: str
+    source_id: UUID
+    tables: tuple[str, ...]
+    ack_wait_ms: int
+    tail: str
+
+
+_cache: dict[str, tuple[float, Receiver]] = {}
+_lock = threading.Lock()
+
+
+def find(name_or_id: str, caller: Caller) -> Receiver:
+    """The pull consumer with this id or name. Raises NotFound, also when the caller's token does not reach it."""
+    known = _cache.get(name_or_id)
+    now = time.monotonic()
+    if known is None or known[0] <= now:
+        receiver = _load(name_or_id)
+        with _lock:
+            if len(_cache) > 10_000:
+                _cache.clear()
+            _cache[name_or_id] = (now + CACHE_S, receiver)
+    else:
+        receiver = known[1]
+    if not caller.reaches(receiver.id):
+        raise NotFound(_missing(name_or_id))
+    return receiver
+
+
+def forget() -> None:
+    with _lock:
+        _cache.clear()
+
+
+def _missing(name_or_id: str) -> str:
+    return f"there is no pull consumer {name_or_id!r}"
+
+
+def _load(name_or_id: str) -> Receiver:
+    if "\0" in name_or_id:
+        raise NotFound(_missing(name_or_id))
+    found = Consumer.objects.select_related("source").filter(kind="pull")
+    try:
+        consumer = found.filter(pk=UUID(name_or_id)).first()
+    except ValueError:
+        consumer = found.filter(name=name_or_id).first()
+    if consumer is None:
+        raise NotFound(_missing(name_or_id))
+    source = consumer.source
+    return Receiver(
+        consumer.pk,
+        consumer.name,
+        consumer.source_id,
+        tuple(consumer.tables),
+        consumer.ack_wait_ms,
+        addressing(
+            consumer_id=consumer.pk, consumer_name=consumer.name, source_id=source.pk, source_name=source.name,
+            database=source.database,
+        ),
+    )  # fmt: skip

@@ -1,0 +1,146 @@
+"""The pull API: receive, ack, nack, extend. The least per request; stored JSON is passed through, never decoded."""
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from django.conf import settings
+from django.db import connection
+from django.http import HttpResponse
+from rest_framework.views import APIView
+
+from consumers.api.body import read_object
+from consumers.envelope import render_with
+from consumers.store import claims
+from consumers.store.types import Claim, Settled
+from delivery.pull import directory, parameters
+from delivery.pull.directory import Receiver
+from delivery.pull.waiting import Waiter, room
+
+# Claims take turns for connections, so that a thousand waiters leave some to everybody else.
+_claiming = threading.BoundedSemaphore(max(1, settings.WEB_POOL_SIZE - 6))
+
+
+class PullView(APIView):
+    """A call on one pull consumer."""
+
+    required_scope = "pull"
+
+    def receiver(self, name_or_id: str) -> Receiver:
+        room.listen()
+        return directory.find(name_or_id, self.request.user)
+
+    def settle(self, name_or_id: str, what: str, action: Any) -> HttpResponse:
+        receiver = self.receiver(name_or_id)
+        given = read_object(self.request)
+        receipts, malformed = _receipts(parameters.ack_ids(given))
+        settled = action(receiver, given, receipts)
+        return _json(f'{{"success":true,"{what}":{settled.done},"stale":{settled.stale + malformed}}}'.encode())
+
+
+class ReceiveView(PullView):
+    """Hand out messages, waiting for the first when asked to."""
+
+    def get(self, request: Any, consumer: str) -> HttpResponse:
+        return self._receive(consumer, request.query_params)
+
+    def post(self, request: Any, consumer: str) -> HttpResponse:
+        return self._receive(consumer, {**request.query_params.dict(), **read_object(request)})
+
+    def _receive(self, name_or_id: str, given: Any) -> HttpResponse:
+        receiver = self.receiver(name_or_id)
+        size, wait_ms = parameters.batch_size(given), parameters.wait_ms(given)
+        deadline = time.monotonic() + wait_ms / 1000
+        claim = _claim(receiver, size)
+        if not claim.messages and not claim.at_end and wait_ms == 0:
+            claim = _search_on(receiver, size)
+        if not claim.messages and wait_ms > 0:
+            claim = _wait(receiver, size, deadline)
+        return _json(_body(receiver, claim))
+
+
+class AckView(PullView):
+    def post(self, request: Any, consumer: str) -> HttpResponse:
+        return self.settle(consumer, "acked", lambda receiver, given, receipts: claims.ack(receiver.id, receipts))
+
+
+class NackView(PullView):
+    def post(self, request: Any, consumer: str) -> HttpResponse:
+        def nack(receiver: Receiver, given: Any, receipts: Any) -> Settled:
+            return claims.nack(receiver.id, receipts, parameters.delay_ms(given))
+
+        return self.settle(consumer, "nacked", nack)
+
+
+class ExtendView(PullView):
+    def post(self, request: Any, consumer: str) -> HttpResponse:
+        def extend(receiver: Receiver, given: Any, receipts: Any) -> Settled:
+            return claims.extend(receiver.id, receipts, parameters.ack_wait_ms(given, receiver.ack_wait_ms))
+
+        return self.settle(consumer, "extended", extend)
+
+
+def _claim(receiver: Receiver, size: int) -> Claim:
+    with _claiming:
+        try:
+            return claims.claim(receiver.id, size, lease_ms=receiver.ack_wait_ms)
+        finally:
+            connection.close()  # back to the pool before anybody waits
+
+
+def _search_on(receiver: Receiver, size: int) -> Claim:
+    """An empty answer has to mean empty: go on until there is a message or the end of the log."""
+    while True:
+        claim = _claim(receiver, size)
+        if claim.messages or claim.at_end:
+            return claim
+
+
+def _wait(receiver: Receiver, size: int, deadline: float) -> Claim:
+    waiter = room.enter(receiver)
+    claim = Claim(None, [], True, None)
+    try:
+        while True:
+            claim = _claim(receiver, size)
+            left = deadline - time.monotonic()
+            if claim.messages or left <= 0:
+                return claim
+            if claim.at_end:
+                room.rearm(waiter, claim.next_due_ms)
+                if not waiter.event.wait(left):
+                    return claim
+                waiter.event.clear()
+    finally:
+        room.leave(waiter, more=_leaves_work(waiter, claim))
+
+
+def _leaves_work(waiter: Waiter, claim: Claim) -> bool:
+    """Whoever took a full batch, or was woken and goes empty-handed, hands the wake on."""
+    return (bool(claim.messages) and not claim.at_end) or waiter.event.is_set()
+
+
+def _body(receiver: Receiver, claim: Claim) -> bytes:
+    if claim.token is None:
+        return b'{"data":[]}'
+    token = claim.token
+    return (
+        b'{"data":['
+        + b",".join(
+            b'{"ack_id":"%b","data":%b,"deliver_count":%d}'
+            % (claims.encode_receipt(token, m.id).encode(), render_with(m, receiver.tail), m.deliver_count)
+            for m in claim.messages
+        )
+        + b"]}"
+    )
+
+
+def _receipts(ack_ids: list[str]) -> tuple[list[tuple[Any, int]], int]:
+    """The receipts that can be read, and how many cannot: those are stale."""
+    decoded = [claims.decode_receipt(ack_id) for ack_id in ack_ids]
+    receipts = [receipt for receipt in decoded if receipt is not None]
+    return receipts, len(decoded) - len(receipts)
+
+
+def _json(body: bytes) -> HttpResponse:
+    return HttpResponse(body, content_type="application/json")

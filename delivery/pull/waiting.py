@@ -1,0 +1,180 @@
+"""Hold long polls, and wake as many as there is work for: one thread per process listens for all of them.
+
+A waiter is a parked thread without a database connection. Whoever is woken and leaves more behind wakes the next, so a
+notice costs as many claims as there are batches, not as many as there are waiters. A lost notice costs a second: the sweep
+sees that the log has grown.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict, defaultdict
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from django.conf import settings
+from django.db import DatabaseError, close_old_connections, connection
+
+from consumers import tokens
+from consumers.api.errors import TooMany
+from consumers.store.connection import store_connection
+from consumers.store.interest import concerns
+from delivery.pull import directory
+from delivery.pull.directory import Receiver
+
+log = logging.getLogger(__name__)
+
+SWEEP_S = 1.0
+TICK_S = 0.25
+CHANNELS = ("sequin_log", "sequin_consumer", "sequin_config")
+
+
+class Waiter:
+    """One long poll."""
+
+    __slots__ = ("event", "receiver")
+
+    def __init__(self, receiver: Receiver) -> None:
+        self.receiver = receiver
+        self.event = threading.Event()
+
+
+class WaitingRoom:
+    """All long polls of this process, by consumer, in the order they came."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiters: dict[UUID, OrderedDict[Waiter, None]] = defaultdict(OrderedDict)
+        self._due: dict[UUID, float] = {}
+        self._count = 0
+        self._listener: threading.Thread | None = None
+
+    def enter(self, receiver: Receiver) -> Waiter:
+        """Begin to wait. Claim again after this: a notice may have come before. Raises TooMany."""
+        self.listen()
+        waiter = Waiter(receiver)
+        with self._lock:
+            if self._count >= settings.SEQUIN_MAX_WAITERS:
+                raise TooMany(f"{self._count} long polls are waiting already (SEQUIN_MAX_WAITERS)")
+            self._count += 1
+            self._waiters[receiver.id][waiter] = None
+        return waiter
+
+    def leave(self, waiter: Waiter, *, more: bool) -> None:
+        """Stop waiting. `more`: there may be work for another one."""
+        consumer = waiter.receiver.id
+        with self._lock:
+            self._count -= 1
+            queue = self._waiters[consumer]
+            queue.pop(waiter, None)
+            if not queue:
+                del self._waiters[consumer]
+                self._due.pop(consumer, None)
+        if more:
+            self.wake(consumer)
+
+    def rearm(self, waiter: Waiter, next_due_ms: int | None) -> None:
+        """Nothing was there: note when something falls due."""
+        if next_due_ms is None:
+            return
+        due = time.monotonic() + next_due_ms / 1000
+        with self._lock:
+            known = self._due.get(waiter.receiver.id)
+            if known is None or due < known:
+                self._due[waiter.receiver.id] = due
+
+    def wake(self, consumer: UUID) -> None:
+        """Wake the longest waiting poll of this consumer that is not awake yet."""
+        with self._lock:
+            for waiter in self._waiters.get(consumer, ()):
+                if not waiter.event.is_set():
+                    waiter.event.set()
+                    return
+
+    def listen(self) -> None:
+        """Start the listener, once per process."""
+        if self._listener is not None and self._listener.is_alive():
+            return
+        with self._lock:
+            if self._listener is None or not self._listener.is_alive():
+                self._listener = threading.Thread(target=self._run, name="pull-listener", daemon=True)
+                self._listener.start()
+
+    def _run(self) -> None:
+        pause = 0.1
+        while True:
+            try:
+                with store_connection(application_name="sequin pull listener") as conn:
+                    for channel in CHANNELS:
+                        conn.execute(f"LISTEN {channel}")
+                    # What changed while nobody listened.
+                    directory.forget()
+                    tokens.forget()
+                    self._wake_all()
+                    pause = 0.1
+                    self._serve(conn)
+            except (psycopg.Error, DatabaseError, OSError) as error:
+                log.warning("pull listener lost the store: %s", " ".join(str(error).split())[:200])
+            finally:
+                close_old_connections()
+            time.sleep(pause)
+            pause = min(pause * 2, 2.0)
+
+    def _serve(self, conn: psycopg.Connection[Any]) -> None:
+        seen: dict[UUID, int] = {}
+        swept = time.monotonic()
+        while True:
+            for notice in conn.notifies(timeout=TICK_S, stop_after=1):
+                self._hear(notice.channel, notice.payload)
+            now = time.monotonic()
+            self._wake_due(now)
+            if now - swept >= SWEEP_S:
+                swept = now
+                self._sweep(conn, seen)
+
+    def _hear(self, channel: str, payload: str) -> None:
+        if channel == "sequin_config":
+            directory.forget()
+            tokens.forget()
+            kind, _, name = payload.partition(":")
+            if kind == "consumer":
+                self.wake(UUID(name))
+        elif channel == "sequin_consumer":
+            self.wake(UUID(payload))
+        else:
+            notice = json.loads(payload)
+            self._wake_source(UUID(notice["source"]), notice["relations"])
+
+    def _wake_source(self, source: UUID, relations: list[int]) -> None:
+        for receiver in self._receivers():
+            if receiver.source_id == source and concerns(relations, receiver.tables):
+                self.wake(receiver.id)
+        connection.close()  # back to the pool
+
+    def _receivers(self) -> list[Receiver]:
+        with self._lock:
+            return [next(iter(queue)).receiver for queue in self._waiters.values() if queue]
+
+    def _wake_due(self, now: float) -> None:
+        with self._lock:
+            due = [consumer for consumer, at in self._due.items() if at <= now]
+            for consumer in due:
+                del self._due[consumer]
+        for consumer in due:
+            self.wake(consumer)
+
+    def _wake_all(self) -> None:
+        for receiver in self._receivers():
+            self.wake(receiver.id)
+
+    def _sweep(self, conn: psycopg.Connection[Any], seen: dict[UUID, int]) -> None:
+        for source, stored in conn.execute("SELECT source, stored_lsn + part_changes FROM capture_progress").fetchall():
+            if seen.get(source, stored) != stored:
+                self._wake_source(source, [])
+            seen[source] = stored
+
+
+room = WaitingRoom()
