@@ -1,0 +1,66 @@
+"""Read from the source's catalog what pgoutput does not say: primary keys, and what the types are made of."""
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+
+from capture.encoder import ArrayOf, Kind
+from capture.pgoutput import Relation
+
+# Built-in types that are not text in JSON. Source: pg_type.dat; to_json's categories in src/backend/utils/adt/json.c.
+SCALAR_KINDS: dict[int, Kind] = {
+    16: "bool", 20: "number", 21: "number", 23: "number", 700: "number", 701: "number", 1700: "number",
+    114: "json", 3802: "json", 1114: "timestamp", 1184: "timestamptz", 22: "int_vector", 30: "text_vector",
+}  # fmt: skip
+
+_PRIMARY_KEY_SQL = """
+    SELECT a.attname::text FROM pg_index i, unnest(i.indkey::int2[]) WITH ORDINALITY k(att, n), pg_attribute a
+    WHERE i.indrelid = %s AND i.indisprimary AND a.attrelid = i.indrelid AND a.attnum = k.att AND k.n <= i.indnkeyatts
+    ORDER BY k.n
+"""
+_TYPE_SQL = """
+    SELECT t.typtype::text, t.typbasetype::bigint, t.typdelim::text, format_type(t.oid, NULL),
+           CASE WHEN t.typelem <> 0 AND t.typlen = -1 AND t.typcategory = 'A' THEN t.typelem::bigint ELSE 0 END,
+           coalesce((SELECT e.typdelim::text FROM pg_type e WHERE e.oid = t.typelem), ',')
+    FROM pg_type t WHERE t.oid = %s
+"""
+
+
+class Catalog:
+    """The source's catalog, read when a Relation message comes; types are remembered."""
+
+    def __init__(self, conn: psycopg.Connection[Any]) -> None:
+        self._conn = conn
+        self._kinds: dict[int, tuple[Kind, str]] = {}
+
+    def primary_key(self, relation: Relation) -> tuple[str, ...]:
+        """The primary key's columns in key order. A table that is gone meanwhile: the columns pgoutput flagged."""
+        rows = self._conn.execute(_PRIMARY_KEY_SQL, [relation.oid]).fetchall()
+        names = tuple(row[0] for row in rows)
+        if names:
+            return names
+        exists = self._conn.execute("SELECT 1 FROM pg_class WHERE oid = %s", [relation.oid]).fetchone()
+        if exists is None and relation.replica_identity == "d":
+            return tuple(column.name for column in relation.columns if column.is_key)
+        return ()
+
+    def kind(self, type_oid: int) -> tuple[Kind, str]:
+        """How values of a type become JSON, and the type's name. A domain is what its base type is."""
+        known = self._kinds.get(type_oid)
+        if known is None:
+            known = self._kinds[type_oid] = self._look_up(type_oid)
+        return known
+
+    def _look_up(self, type_oid: int) -> tuple[Kind, str]:
+        row = self._conn.execute(_TYPE_SQL, [type_oid]).fetchone()
+        if row is None:
+            return SCALAR_KINDS.get(type_oid, "text"), f"oid {type_oid}"
+        typtype, base, _, name, element, delimiter = row
+        if type_oid in SCALAR_KINDS:
+            return SCALAR_KINDS[type_oid], name
+        if typtype == "d" and base:
+            return self.kind(base)[0], name
+        if element:
+            return ArrayOf(self.kind(element)[0], delimiter), name
+        return "text", name

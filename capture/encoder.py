@@ -1,0 +1,222 @@
+"""Turn the text values of a row into JSON bytes, as Postgres' own to_json would write them. Pure.
+
+One RowEncoder per relation version: each column's converter is chosen once, and no Python object is made of a value on the
+way. The connection that reads has its settings pinned: UTC, ISO dates, hex bytea, full float digits.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from json.encoder import encode_basestring
+from typing import NamedTuple
+
+from capture.pgoutput import UNCHANGED, Unchanged, Value
+
+Converter = Callable[[bytes], bytes]
+NULL = b"null"
+
+
+class ArrayOf(NamedTuple):
+    """An array's element and what stands between elements."""
+
+    element: Kind
+    delimiter: str = ","
+
+
+Kind = str | ArrayOf
+"""number, bool, json, text, timestamp, timestamptz, int_vector, text_vector, or an ArrayOf one of these."""
+
+
+class EncodedRow(NamedTuple):
+    record: bytes
+    changes: bytes | None
+    key: bytes
+    old_key: bytes | None
+    unchanged: bytes | None
+    old_values_known: bool
+
+
+def text_to_json(value: bytes) -> bytes:
+    return encode_basestring(value.decode()).encode()
+
+
+def number_to_json(value: bytes) -> bytes:
+    # NaN and Infinity have no place among JSON's numbers.
+    return value if value[-1] <= 57 else b'"%b"' % value
+
+
+def bool_to_json(value: bytes) -> bytes:
+    return b"true" if value == b"t" else b"false"
+
+
+def json_to_json(value: bytes) -> bytes:
+    return value
+
+
+def timestamp_to_json(value: bytes) -> bytes:
+    return b'"%b"' % value.replace(b" ", b"T", 1) if value[-1] != 121 else b'"%b"' % value  # infinity ends in y
+
+
+def timestamptz_to_json(value: bytes) -> bytes:
+    if value[-1] == 121:
+        return b'"%b"' % value
+    return b'"%b"' % value.replace(b" ", b"T", 1).replace(b"+00", b"+00:00", 1)
+
+
+def _vector(converter: Converter) -> Converter:
+    def convert(value: bytes) -> bytes:
+        return b"[" + b",".join(map(converter, value.split())) + b"]"
+
+    return convert
+
+
+CONVERTERS: dict[str, Converter] = {
+    "number": number_to_json,
+    "bool": bool_to_json,
+    "json": json_to_json,
+    "text": text_to_json,
+    "timestamp": timestamp_to_json,
+    "timestamptz": timestamptz_to_json,
+    "int_vector": _vector(number_to_json),
+    "text_vector": _vector(text_to_json),
+}
+
+
+def converter_of(kind: Kind) -> Converter:
+    """The function for values of this kind."""
+    if isinstance(kind, str):
+        return CONVERTERS[kind]
+    element = converter_of(kind.element)
+    delimiter = ord(kind.delimiter)
+
+    def convert(value: bytes) -> bytes:
+        return array_to_json(value, element, delimiter)
+
+    return convert
+
+
+def array_to_json(value: bytes, element: Converter, delimiter: int = 44) -> bytes:
+    """Postgres' text form of an array as a JSON array, nested as it is; lower bounds are left out, as to_json does.
+
+    Source: PostgreSQL manual, "Array Input and Output Syntax".
+    """
+    at = value.index(b"=") + 1 if value[:1] == b"[" else 0
+    out: list[bytes] = []
+    add = out.append
+    end = len(value)
+    while at < end:
+        byte = value[at]
+        if byte == 123:  # {
+            add(b"[")
+            at += 1
+        elif byte == 125:  # }
+            add(b"]")
+            at += 1
+        elif byte == delimiter:
+            add(b",")
+            at += 1
+        elif byte == 34:  # "
+            stop = at + 1
+            while value[stop] != 34:
+                stop += 2 if value[stop] == 92 else 1
+            add(element(_unescape(value[at + 1 : stop])))
+            at = stop + 1
+        else:
+            stop = at
+            while value[stop] != delimiter and value[stop] != 125:
+                stop += 2 if value[stop] == 92 else 1
+            text = value[at:stop]
+            add(NULL if text == b"NULL" else element(_unescape(text)))
+            at = stop
+    return b"".join(out)
+
+
+def _unescape(text: bytes) -> bytes:
+    if b"\\" not in text:
+        return text
+    out = bytearray()
+    at = 0
+    while at < len(text):
+        if text[at] == 92:
+            at += 1
+        out.append(text[at])
+        at += 1
+    return bytes(out)
+
+
+class RowEncoder:
+    """Encodes the rows of one relation version."""
+
+    def __init__(self, names: Sequence[str], kinds: Sequence[Kind], primary_key: Sequence[str], identity: Sequence[bool]) -> None:
+        """`identity` says for each column whether pgoutput sends it with a delete's or update's key."""
+        self._names = [encode_basestring(name).encode() + b":" for name in names]
+        self._plain_names = [encode_basestring(name).encode() for name in names]
+        self._converters = [converter_of(kind) for kind in kinds]
+        self._pairs = list(zip(self._names, self._converters, strict=True))
+        # A column that the publication leaves out has no place in the tuple, and a null one in the key.
+        self._key = [names.index(name) if name in names else -1 for name in primary_key]
+        self._identity = [index for index, is_key in enumerate(identity) if is_key]
+
+    def insert(self, new: Sequence[Value]) -> EncodedRow:
+        record, unchanged = self._record(new)
+        return EncodedRow(record, None, self.key(new), None, unchanged, True)
+
+    def update(self, old_kind: str, old: Sequence[Value], new: Sequence[Value]) -> EncodedRow:
+        if old_kind == "O":
+            new = [before if now is UNCHANGED else now for before, now in zip(old, new, strict=True)]
+        record, unchanged = self._record(new)
+        key = self.key(new)
+        if not old_kind:
+            return EncodedRow(record, b"{}", key, None, unchanged, False)
+        old_key = self._old_key(old_kind, old, new)
+        columns = range(len(old)) if old_kind == "O" else self._identity
+        changes = [
+            self._names[i] + self._value(i, old[i])
+            for i in columns
+            if old[i] != new[i] and new[i] is not UNCHANGED and old[i] is not UNCHANGED
+        ]
+        return EncodedRow(
+            record, b"{" + b",".join(changes) + b"}", key, None if old_key == key else old_key, unchanged, old_kind == "O"
+        )
+
+    def delete(self, old_kind: str, old: Sequence[Value]) -> EncodedRow:
+        if old_kind == "O":
+            record, unchanged = self._record(old)
+        else:
+            record = b"{" + b",".join(self._names[i] + self._value(i, old[i]) for i in self._identity) + b"}"
+            unchanged = None
+        return EncodedRow(record, None, self.key(old), None, unchanged, True)
+
+    def key(self, row: Sequence[Value]) -> bytes:
+        """The primary key's values as a JSON array of texts."""
+        return b"[" + b",".join([self._key_text(row[i] if i >= 0 else None) for i in self._key]) + b"]"
+
+    def _old_key(self, old_kind: str, old: Sequence[Value], new: Sequence[Value]) -> bytes:
+        """The key before. What the identity's columns do not tell has not changed, or cannot be known."""
+        if old_kind == "O":
+            return self.key(old)
+        known = set(self._identity)
+        return self.key([old[i] if i in known else new[i] for i in range(len(new))])
+
+    @staticmethod
+    def _key_text(value: Value) -> bytes:
+        return NULL if value is None or isinstance(value, Unchanged) else text_to_json(value)
+
+    def _value(self, index: int, value: Value) -> bytes:
+        return NULL if value is None or isinstance(value, Unchanged) else self._converters[index](value)
+
+    def _record(self, row: Sequence[Value]) -> tuple[bytes, bytes | None]:
+        if UNCHANGED in row:
+            return self._record_with_gaps(row)
+        return (
+            b"{"
+            + b",".join(
+                [name + (NULL if value is None else convert(value)) for (name, convert), value in zip(self._pairs, row)]  # type: ignore[arg-type]  # noqa: B905
+            )
+            + b"}"
+        ), None
+
+    def _record_with_gaps(self, row: Sequence[Value]) -> tuple[bytes, bytes]:
+        sent = [i for i, value in enumerate(row) if value is not UNCHANGED]
+        missing = [self._plain_names[i] for i, value in enumerate(row) if value is UNCHANGED]
+        record = b"{" + b",".join(self._names[i] + self._value(i, row[i]) for i in sent) + b"}"
+        return record, b"[" + b",".join(missing) + b"]"
