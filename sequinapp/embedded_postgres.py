@@ -21,7 +21,7 @@ from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 
-from sequinapp.process import die_with_parent
+from consumers.parent import die_with_parent
 
 log = logging.getLogger(__name__)
 

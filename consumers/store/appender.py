@@ -106,6 +106,12 @@ class Appender:
         assert row is not None
         return Progress(*row)
 
+    def note_gap(self, reason: str) -> None:
+        """Keep in mind that changes may be missing from the log, until somebody acknowledges it."""
+        self._conn.execute(
+            "UPDATE capture_progress SET gap = concat_ws('; ', gap, %s::text) WHERE source = %s", [reason, self.source_id]
+        )
+
     def register_relation(self, epoch: int, shape: RelationShape) -> int:
         """The id of this shape of the table; the same shape has the same id."""
         columns = json.dumps([column._asdict() for column in shape.columns])

@@ -160,6 +160,13 @@ def set_source_status(
     )
 
 
+def acknowledge_gap(source_id: UUID) -> bool:
+    """Somebody knows about the gap of this source. False: there is none."""
+    return bool(
+        _fetch("UPDATE capture_progress SET gap = NULL WHERE source = %s AND gap IS NOT NULL RETURNING 1", [source_id])
+    )
+
+
 def beat(process: str, detail: str = "", *, pid: int | None = None) -> None:
     """Say that this process is alive and getting on. The watchers restart a process that no longer does."""
     _execute(

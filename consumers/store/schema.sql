@@ -71,6 +71,7 @@ create table capture_progress (
     part_lsn          bigint  not null default 0,
     part_changes      bigint  not null default 0,
     reached_lsn       bigint  not null,
+    gap               text,     -- what may be missing from the log, until somebody acknowledges it
     updated_at        timestamptz not null default now()
 ) with (fillfactor = 50);
 

@@ -1,0 +1,318 @@
+"""Read one source: protocol messages into log rows, stored first, confirmed after.
+
+`stream` brings the bytes, `pgoutput` and `encoder` say what they mean, the store's `Appender` keeps them. A batch ends when
+nothing more has arrived, or at BATCH_ROWS; a transaction larger than that is stored in parts. What a restart sends again
+is recognised by the progress and skipped.
+"""
+from __future__ import annotations
+
+import logging
+import struct
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import psycopg
+
+from capture import pgoutput
+from capture.catalog import Catalog
+from capture.encoder import EncodedRow, RowEncoder
+from capture.lsn import format_lsn, widen_xid
+from capture.pgoutput import decode_tuple
+from capture.stream import ReplicationStream
+from consumers.models import Source
+from consumers.source_connection import conninfo, connect
+from consumers.store.appender import Appender
+from consumers.store.types import ColumnShape, LogRow, Progress, RelationShape
+
+log = logging.getLogger(__name__)
+
+BATCH_ROWS = 2_000
+BATCH_BYTES = 8 * 1024 * 1024
+READ_MESSAGES = 4_000
+IDLE_WAIT_S = 0.5
+REACH_EVERY_S = 1.0
+LOOK_EVERY_S = 10.0
+OPEN_TABLE = struct.Struct("!I").unpack_from
+INSERT, UPDATE, DELETE, BEGIN, COMMIT, RELATION, TRUNCATE = b"IUDBCRT"
+
+
+class SlotUnusable(Exception):
+    """The slot is missing, lost or not ours to use; the text has the SQL that mends it."""
+
+
+class Table(NamedTuple):
+    """A relation version as the reader uses it."""
+
+    version: int
+    oid: int
+    encoder: RowEncoder
+
+
+class Slot(NamedTuple):
+    confirmed_lsn: int
+    retained_bytes: int
+    source_lsn: int
+
+
+class Reader:
+    """One connection's life of reading a source. `run` returns when told to stop and raises when something breaks."""
+
+    def __init__(
+        self,
+        source: Source,
+        appender: Appender,
+        *,
+        stopping: Callable[[], bool],
+        report: Callable[[Slot], None] = lambda slot: None,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`report` hears of the slot's state now and then; `alive` is called each time round the loop."""
+        self.source = source
+        self._appender = appender
+        self._stopping = stopping
+        self._report = report
+        self._alive = alive
+        self._tables: dict[int, Table] = {}
+        self._rows: list[LogRow] = []
+        self._row_bytes = 0
+        self._begin: pgoutput.Begin | None = None
+        self._xid = 0
+        self._near_xid = 0
+        self._index = 0  # of the next change in the transaction
+        self._skip = 0  # changes of it that are stored already
+        self._done_lsn = 0  # end of the last transaction that is complete
+        self._reached_at = 0.0
+
+    def run(self) -> None:
+        with connect(self.source) as control:
+            self._catalog = Catalog(control)
+            slot = self._look(control)
+            self._progress = self._open_history(slot)
+            self._done_lsn = self._progress.stored_lsn
+            with self._open_stream(self._progress) as stream:
+                log.info(
+                    "reading source=%s slot=%s from=%s", self.source.name, self.source.slot_name,
+                    format_lsn(self._progress.reached_lsn),
+                )  # fmt: skip
+                self._report(slot)
+                self._read(stream, control)
+
+    def _read(self, stream: ReplicationStream, control: psycopg.Connection[Any]) -> None:
+        looked_at = time.monotonic()
+        for batch in stream.batches(READ_MESSAGES, IDLE_WAIT_S):
+            for data in batch:
+                self._take(data)
+                if len(self._rows) >= BATCH_ROWS or self._row_bytes >= BATCH_BYTES:
+                    self._store(stream)
+            self._store(stream)
+            self._reach(stream)
+            self._alive()
+            if self._stopping():
+                stream.finish()
+                return
+            if time.monotonic() - looked_at >= LOOK_EVERY_S:
+                looked_at = time.monotonic()
+                self._report(self._look(control))
+
+    # Storing and confirming -------------------------------------------------------------------------------------
+
+    def _store(self, stream: ReplicationStream) -> None:
+        """Store what has been read, then let it be confirmed. In this order: the other way round loses changes."""
+        if not self._rows:
+            return
+        after = self._moved(self._progress)
+        self._appender.append(self._rows, self._progress, after)
+        self._progress = after
+        self._rows = []
+        self._row_bytes = 0
+        self._reached_at = time.monotonic()
+        stream.confirm(after.reached_lsn)
+        stream.send_status_by_clock(0.1)
+        self._appender.notify()
+
+    def _moved(self, progress: Progress) -> Progress:
+        inside = self._begin is not None and self._index > 0
+        return progress._replace(
+            stored_lsn=max(progress.stored_lsn, self._done_lsn),
+            part_lsn=self._begin.final_lsn if inside and self._begin else 0,
+            part_changes=max(self._index, self._skip) if inside else 0,
+            reached_lsn=max(progress.reached_lsn, self._done_lsn),
+        )
+
+    def _reach(self, stream: ReplicationStream) -> None:
+        """Between transactions, everything the server has sent is stored: say so, and let it drop its WAL."""
+        now = time.monotonic()
+        if self._begin is not None or now - self._reached_at < REACH_EVERY_S:
+            return
+        reached = max(stream.wal_end, self._done_lsn)
+        if reached <= self._progress.reached_lsn:
+            return
+        after = self._moved(self._progress)._replace(reached_lsn=reached)
+        self._appender.reach(self._progress, after)
+        self._progress = after
+        self._reached_at = now
+        stream.confirm(reached)
+
+    # Protocol messages ------------------------------------------------------------------------------------------
+
+    def _take(self, data: bytes) -> None:
+        tag = data[0]
+        if tag == INSERT:
+            if self._wanted():
+                table = self._tables[OPEN_TABLE(data, 1)[0]]
+                self._add(b"I", table, table.encoder.insert(decode_tuple(data, 6)[0]))
+        elif tag == UPDATE:
+            if self._wanted():
+                update = pgoutput.decode(data)
+                assert isinstance(update, pgoutput.Update)
+                table = self._tables[update.oid]
+                self._add(b"U", table, table.encoder.update(update.old_kind, update.old, update.new))
+        elif tag == DELETE:
+            if self._wanted():
+                delete = pgoutput.decode(data)
+                assert isinstance(delete, pgoutput.Delete)
+                table = self._tables[delete.oid]
+                self._add(b"D", table, table.encoder.delete(delete.old_kind, delete.old))
+        elif tag == BEGIN:
+            begin = pgoutput.decode(data)
+            assert isinstance(begin, pgoutput.Begin)
+            self._open(begin)
+        elif tag == COMMIT:
+            commit = pgoutput.decode(data)
+            assert isinstance(commit, pgoutput.Commit)
+            self._done_lsn = max(self._done_lsn, commit.end_lsn)
+            self._begin = None
+        elif tag == RELATION:
+            relation = pgoutput.decode(data)
+            assert isinstance(relation, pgoutput.Relation)
+            self._tables[relation.oid] = self._table(relation)
+        elif tag == TRUNCATE:
+            self._truncate(data)
+        # O, Y and M say nothing that the log keeps: types come from the catalog.
+
+    def _open(self, begin: pgoutput.Begin) -> None:
+        self._begin = begin
+        self._xid = widen_xid(begin.xid, self._near_xid)
+        self._index = 0
+        self._skip = 0
+        if begin.final_lsn < self._progress.stored_lsn:
+            self._skip = 1 << 62  # stored completely; sent again after a reconnect
+        elif begin.final_lsn == self._progress.part_lsn:
+            self._skip = self._progress.part_changes
+
+    def _wanted(self) -> bool:
+        """Count the change; false when it is stored already."""
+        self._index += 1
+        return self._index > self._skip
+
+    def _add(self, action: bytes, table: Table, row: EncodedRow) -> None:
+        begin = self._begin
+        assert begin is not None
+        record, changes, key, old_key, unchanged, known = row
+        self._rows.append(
+            LogRow(
+                table.version, table.oid, action, key, old_key, self._xid, begin.final_lsn, self._index - 1,
+                begin.committed_us, record, changes, unchanged, known,
+            )
+        )  # fmt: skip
+        self._row_bytes += len(record) + (len(changes) if changes else 0)
+
+    def _truncate(self, data: bytes) -> None:
+        truncate = pgoutput.decode(data)
+        assert isinstance(truncate, pgoutput.Truncate)
+        for oid in truncate.oids:
+            if self._wanted():
+                self._add(b"T", self._tables[oid], EncodedRow(b"{}", None, b"[]", None, None, True))
+
+    def _table(self, relation: pgoutput.Relation) -> Table:
+        """Register the relation version and make its encoder."""
+        primary_key = self._catalog.primary_key(relation)
+        kinds = [self._catalog.kind(column.type_oid) for column in relation.columns]
+        shape = RelationShape(
+            relation.oid,
+            relation.schema,
+            relation.table,
+            tuple(
+                ColumnShape(column.name, column.type_oid, column.typmod, name)
+                for column, (_, name) in zip(relation.columns, kinds, strict=True)
+            ),
+            primary_key,
+            relation.replica_identity,
+        )
+        encoder = RowEncoder(
+            [column.name for column in relation.columns],
+            [kind for kind, _ in kinds],
+            primary_key,
+            [column.is_key for column in relation.columns],
+        )
+        return Table(self._appender.register_relation(self._progress.epoch, shape), relation.oid, encoder)
+
+    # The slot and the history -------------------------------------------------------------------------------------
+
+    def _open_stream(self, progress: Progress) -> ReplicationStream:
+        return ReplicationStream(
+            conninfo(self.source, replication=True), self.source.slot_name, self.source.publication_name, progress.reached_lsn
+        )
+
+    def _look(self, control: psycopg.Connection[Any]) -> Slot:
+        """Read the slot's state. Raises SlotUnusable."""
+        row = control.execute(
+            "SELECT plugin, database, wal_status, confirmed_flush_lsn - '0/0'::pg_lsn, here - restart_lsn, here - '0/0'::pg_lsn,"
+            " txid_snapshot_xmax(txid_current_snapshot()), system_identifier::text, timeline_id"
+            " FROM (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END AS here) h"
+            " CROSS JOIN pg_control_system() CROSS JOIN pg_control_checkpoint()"
+            " LEFT JOIN pg_replication_slots ON slot_name = %s",
+            [self.source.slot_name],
+        ).fetchone()
+        assert row is not None
+        plugin, database, wal_status, confirmed, retained, here, self._near_xid, self._system, self._timeline = row
+        create = f"SELECT pg_create_logical_replication_slot('{self.source.slot_name}', 'pgoutput');"
+        if plugin is None:
+            raise SlotUnusable(f"the slot {self.source.slot_name} does not exist. Run on the source: {create}")
+        if plugin != "pgoutput" or database != self.source.database:
+            raise SlotUnusable(
+                f"the slot {self.source.slot_name} is of plugin {plugin} and database {database}; expected pgoutput and"
+                f" {self.source.database}: choose another slot_name"
+            )
+        if wal_status == "lost":
+            raise SlotUnusable(
+                f"the slot {self.source.slot_name} is lost: the server removed WAL that was not read yet. Run on the source:"
+                f" SELECT pg_drop_replication_slot('{self.source.slot_name}'); {create}"
+            )
+        published = control.execute(
+            "SELECT 1 FROM pg_publication WHERE pubname = %s", [self.source.publication_name]
+        ).fetchone()
+        if published is None:
+            raise SlotUnusable(
+                f"the publication {self.source.publication_name} does not exist. Run on the source:"
+                f' CREATE PUBLICATION "{self.source.publication_name}" FOR TABLE …;'
+            )
+        return Slot(int(confirmed or 0), int(retained or 0), int(here))
+
+    def _open_history(self, slot: Slot) -> Progress:
+        """Go on where the log ends, or begin an epoch; never pass over a gap without noting it."""
+        system, timeline = self._system, self._timeline
+        progress = self._appender.progress()
+        if progress is None:
+            return self._appender.begin_history(system_identifier=system, timeline=timeline, start_lsn=slot.confirmed_lsn)
+        if (progress.system_identifier, progress.timeline) != (system, timeline):
+            begun = self._appender.begin_history(system_identifier=system, timeline=timeline, start_lsn=slot.confirmed_lsn)
+            self._gap(
+                f"the server's history is another one (system {progress.system_identifier} timeline {progress.timeline} became"
+                f" system {system} timeline {timeline}): changes in between may be missing"
+            )
+            return begun
+        if slot.confirmed_lsn > progress.reached_lsn:
+            self._gap(
+                f"the slot was confirmed up to {format_lsn(slot.confirmed_lsn)}, the log reaches only"
+                f" {format_lsn(progress.reached_lsn)}: changes in between are missing; the slot was made anew or used by others"
+            )
+            after = progress._replace(reached_lsn=slot.confirmed_lsn, part_lsn=0, part_changes=0)
+            self._appender.reach(progress, after)
+            return after
+        return progress
+
+    def _gap(self, reason: str) -> None:
+        log.error("gap source=%s: %s", self.source.name, reason)
+        self._appender.note_gap(reason)

@@ -1,0 +1,95 @@
+"""Keep one source read: lock it, connect, read, and connect again after whatever breaks. The life of a reader process."""
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from typing import Any
+
+import psycopg
+from django.db import DatabaseError, connection
+
+from capture.reader import Reader, Slot, SlotUnusable
+from capture.stream import StreamEnded
+from consumers.models import Source
+from consumers.source_connection import SourceUnreachable, reason_of
+from consumers.store import lifecycle
+from consumers.store.appender import Appender, ProgressMoved
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.0
+STEADY_S = 10.0  # a connection that lived so long was a good one: the next pause is short again
+STANDBY_LOOK_S = 1.0
+BEAT_EVERY_S = 2.0
+
+
+class Reading:
+    """Reads one source until told to stop."""
+
+    reader_class: type[Reader] = Reader
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._stop = threading.Event()
+        self._beat_at = 0.0
+
+    def stop(self, *_: Any) -> None:
+        self._stop.set()
+
+    def run(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.stop)
+        pause = FIRST_PAUSE_S
+        while not self._stop.is_set():
+            began = time.monotonic()
+            try:
+                self._read_once()
+            except (SourceUnreachable, SlotUnusable, StreamEnded, ProgressMoved, psycopg.Error, DatabaseError, OSError) as error:
+                self._trouble(error)
+                if time.monotonic() - began > STEADY_S:
+                    pause = FIRST_PAUSE_S
+                self._stop.wait(pause)
+                pause = min(pause * 2, LONGEST_PAUSE_S)
+            self._alive()
+
+    def _read_once(self) -> None:
+        with Appender(self.source.pk) as appender:
+            standing_by = False
+            while not appender.wait_for_source(STANDBY_LOOK_S):
+                if not standing_by:
+                    log.info("standing by source=%s: another process reads it", self.source.name)
+                    standing_by = True
+                self._alive()
+                if self._stop.is_set():
+                    return
+            self.reader_class(
+                self.source, appender, stopping=self._stop.is_set, report=self._report, alive=self._alive
+            ).run()
+
+    def _alive(self) -> None:
+        """Beat, now and then. The watcher restarts a reader that no longer comes by here."""
+        now = time.monotonic()
+        if now - self._beat_at < BEAT_EVERY_S:
+            return
+        self._beat_at = now
+        try:
+            lifecycle.beat("reader", self.source.name)
+        except DatabaseError:
+            connection.close()
+
+    def _report(self, slot: Slot) -> None:
+        lifecycle.set_source_status(
+            self.source.pk, "active", (), retained_bytes=slot.retained_bytes, source_lsn=slot.source_lsn,
+            confirmed_lsn=slot.confirmed_lsn,
+        )  # fmt: skip
+
+    def _trouble(self, error: Exception) -> None:
+        reason = str(error) if isinstance(error, (SourceUnreachable, SlotUnusable)) else reason_of(error, self.source)
+        log.warning("not reading source=%s: %s", self.source.name, reason)
+        state = "failing" if isinstance(error, SlotUnusable) else "connecting"
+        try:
+            lifecycle.set_source_status(self.source.pk, state, [reason])
+        except DatabaseError:
+            connection.close()
