@@ -88,9 +88,10 @@ class Reader:
         with connect(self.source) as control:
             self._catalog = Catalog(control)
             slot = self._look(control)
-            self._progress = self._open_history(slot)
-            self._done_lsn = self._progress.stored_lsn
-            with self._open_stream(self._progress) as stream:
+            with ReplicationStream(conninfo(self.source, replication=True)) as stream:
+                self._progress = self._open_history(slot, stream.system_identifier, stream.timeline)
+                self._done_lsn = self._progress.stored_lsn
+                stream.start(self.source.slot_name, self.source.publication_name, self._progress.reached_lsn)
                 log.info(
                     "reading source=%s slot=%s from=%s", self.source.name, self.source.slot_name,
                     format_lsn(self._progress.reached_lsn),
@@ -132,12 +133,15 @@ class Reader:
         self._appender.notify()
 
     def _moved(self, progress: Progress) -> Progress:
-        inside = self._begin is not None and self._index > 0
+        stored_lsn = max(progress.stored_lsn, self._done_lsn)
+        part_lsn, part_changes = 0, 0
+        if self._begin is not None and self._index > 0 and self._begin.final_lsn >= stored_lsn:
+            part_lsn, part_changes = self._begin.final_lsn, max(self._index, self._skip)
         return progress._replace(
-            stored_lsn=max(progress.stored_lsn, self._done_lsn),
-            part_lsn=self._begin.final_lsn if inside and self._begin else 0,
-            part_changes=max(self._index, self._skip) if inside else 0,
-            reached_lsn=max(progress.reached_lsn, self._done_lsn),
+            stored_lsn=stored_lsn,
+            part_lsn=part_lsn,
+            part_changes=part_changes,
+            reached_lsn=max(progress.reached_lsn, stored_lsn),
         )
 
     def _reach(self, stream: ReplicationStream) -> None:
@@ -250,23 +254,17 @@ class Reader:
 
     # The slot and the history -------------------------------------------------------------------------------------
 
-    def _open_stream(self, progress: Progress) -> ReplicationStream:
-        return ReplicationStream(
-            conninfo(self.source, replication=True), self.source.slot_name, self.source.publication_name, progress.reached_lsn
-        )
-
     def _look(self, control: psycopg.Connection[Any]) -> Slot:
         """Read the slot's state. Raises SlotUnusable."""
         row = control.execute(
             "SELECT plugin, database, wal_status, confirmed_flush_lsn - '0/0'::pg_lsn, here - restart_lsn, here - '0/0'::pg_lsn,"
-            " txid_snapshot_xmax(txid_current_snapshot()), system_identifier::text, timeline_id"
+            " txid_snapshot_xmax(txid_current_snapshot())"
             " FROM (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END AS here) h"
-            " CROSS JOIN pg_control_system() CROSS JOIN pg_control_checkpoint()"
             " LEFT JOIN pg_replication_slots ON slot_name = %s",
             [self.source.slot_name],
         ).fetchone()
         assert row is not None
-        plugin, database, wal_status, confirmed, retained, here, self._near_xid, self._system, self._timeline = row
+        plugin, database, wal_status, confirmed, retained, here, self._near_xid = row
         create = f"SELECT pg_create_logical_replication_slot('{self.source.slot_name}', 'pgoutput');"
         if plugin is None:
             raise SlotUnusable(f"the slot {self.source.slot_name} does not exist. Run on the source: {create}")
@@ -290,9 +288,8 @@ class Reader:
             )
         return Slot(int(confirmed or 0), int(retained or 0), int(here))
 
-    def _open_history(self, slot: Slot) -> Progress:
+    def _open_history(self, slot: Slot, system: str, timeline: int) -> Progress:
         """Go on where the log ends, or begin an epoch; never pass over a gap without noting it."""
-        system, timeline = self._system, self._timeline
         progress = self._appender.progress()
         if progress is None:
             return self._appender.begin_history(system_identifier=system, timeline=timeline, start_lsn=slot.confirmed_lsn)

@@ -31,18 +31,24 @@ class StreamEnded(Exception):
 class ReplicationStream:
     """One START_REPLICATION. Yields batches of protocol messages; `confirm` what is stored."""
 
-    def __init__(self, conninfo: str, slot: str, publication: str, start_lsn: int) -> None:
+    def __init__(self, conninfo: str) -> None:
+        """Connect and learn which history the server has. Raises StreamEnded."""
         self._conn = pq.PGconn.connect(conninfo.encode())
         if self._conn.status != pq.ConnStatus.OK:
             raise StreamEnded(_line(self._conn.error_message))
-        self.wal_end = start_lsn
+        self.wal_end = 0
         """Up to here the server has sent everything (only meaningful between transactions)."""
-        self._confirmed = start_lsn
+        self._confirmed = 0
         self._status_at = 0.0
         self.system_identifier, self.timeline = self._identify()
+
+    def start(self, slot: str, publication: str, start_lsn: int) -> None:
+        """Begin to stream what was committed after `start_lsn`. Raises StreamEnded."""
+        self.wal_end = self._confirmed = start_lsn
         quoted = publication.replace('"', '""').replace("'", "''")
         self._query(
-            f"START_REPLICATION SLOT \"{slot}\" LOGICAL {format_lsn(start_lsn)} (proto_version '1', publication_names '\"{quoted}\"')",
+            f'START_REPLICATION SLOT "{slot}" LOGICAL {format_lsn(start_lsn)}'
+            f" (proto_version '1', publication_names '\"{quoted}\"')",
             pq.ExecStatus.COPY_BOTH,
         )
         self._conn.nonblocking = 1
