@@ -1,0 +1,126 @@
+"""What is done to sources and consumers besides configuring them: check, tables, pause, resume."""
+from __future__ import annotations
+
+from typing import Any
+
+from drf_spectacular.utils import extend_schema, inline_serializer
+from rest_framework import serializers
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from consumers import source_setup
+from consumers.api.body import read_object
+from consumers.api.configuration import save, with_backlog
+from consumers.api.errors import Invalid
+from consumers.api.lookup import demand_all, find, find_consumer
+from consumers.api.shapes import ConsumerShape
+from consumers.changes import InUse
+from consumers.models import NOT_YET, Consumer, Source
+from consumers.source_connection import SourceUnreachable
+
+FINDING = inline_serializer(
+    "Finding",
+    {
+        "name": serializers.CharField(),
+        "ok": serializers.BooleanField(),
+        "blocking": serializers.BooleanField(),
+        "text": serializers.CharField(),
+        "sql": serializers.CharField(help_text="What mends it; empty when nothing does or nothing must."),
+    },
+    many=True,
+)
+TABLE = inline_serializer(
+    "Table",
+    {
+        "name": serializers.CharField(),
+        "published": serializers.BooleanField(),
+        "primary_key": serializers.ListField(child=serializers.CharField()),
+        "replica_identity": serializers.CharField(),
+    },
+    many=True,
+)
+
+
+def findings(source: Source) -> list[source_setup.Finding]:
+    """What the pre-flight sees; a source that does not answer is one finding."""
+    try:
+        reached = source_setup.Finding("reachable", True, True, f"{source.host}:{source.port} answers")
+        return [reached, *source_setup.check(source)]
+    except SourceUnreachable as error:
+        return [source_setup.Finding("reachable", False, True, str(error))]
+
+
+class SourceCheckView(APIView):
+    """The pre-flight: what is right and wrong with a source, each with the SQL that mends it."""
+
+    @extend_schema(request=None, responses=inline_serializer("Check", {"ok": serializers.BooleanField(), "data": FINDING}))
+    def post(self, request: Request, name: str) -> Response:
+        demand_all(request.user)  # type: ignore[arg-type]
+        found = findings(find(Source, name))
+        ok = all(finding.ok or not finding.blocking for finding in found)
+        return Response({"ok": ok, "data": [finding._asdict() for finding in found]})
+
+
+class SourceTablesView(APIView):
+    """The tables of a source that can be published, and whether they are."""
+
+    @extend_schema(responses=inline_serializer("Tables", {"data": TABLE, "next": serializers.CharField(allow_null=True)}))
+    def get(self, request: Request, name: str) -> Response:
+        demand_all(request.user)  # type: ignore[arg-type]
+        return Response({"data": source_setup.all_tables(find(Source, name)), "next": None})
+
+
+class PauseView(APIView):
+    """Stop delivering and go on collecting."""
+
+    @extend_schema(request=None, responses=ConsumerShape)
+    def post(self, request: Request, name: str) -> Response:
+        consumer = find_consumer(name, request.user)  # type: ignore[arg-type]
+        return with_backlog(set_status(consumer, "paused"))
+
+
+class ResumeView(APIView):
+    """Deliver again, what was collected first."""
+
+    @extend_schema(request=None, responses=ConsumerShape)
+    def post(self, request: Request, name: str) -> Response:
+        consumer = find_consumer(name, request.user)  # type: ignore[arg-type]
+        return with_backlog(set_status(consumer, "active"))
+
+
+def set_status(consumer: Consumer, status: str) -> Consumer:
+    """Pause or resume. A disabled consumer collects nothing, so there is nothing to pause or resume: InUse."""
+    if consumer.status == "disabled":
+        raise InUse(f"{consumer.name} is disabled: enable it with PATCH status, then it begins at the end of the log")
+    if consumer.status != status:
+        consumer.status = status
+        save(consumer)
+    return consumer
+
+
+class LaterView(APIView):
+    """A call whose feature is not built yet."""
+
+    feature = ""
+
+    @extend_schema(exclude=True)
+    def post(self, request: Request, **names: Any) -> Response:
+        if "consumer" in names:
+            find_consumer(names["consumer"], request.user)  # type: ignore[arg-type]
+        read_object(request)
+        raise Invalid({"non_field_errors": [f"{self.feature} {NOT_YET}"]})
+
+
+class LaterListView(LaterView):
+    @extend_schema(exclude=True)
+    def get(self, request: Request, **names: Any) -> Response:
+        raise Invalid({"non_field_errors": [f"{self.feature} {NOT_YET}"]})
+
+    @extend_schema(exclude=True)
+    def patch(self, request: Request, **names: Any) -> Response:
+        return self.post(request, **names)
+
+    @extend_schema(exclude=True)
+    def delete(self, request: Request, **names: Any) -> Response:
+        return self.get(request, **names)
