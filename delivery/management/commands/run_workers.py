@@ -1,0 +1,37 @@
+"""`manage.py run_workers`: the django-q2 cluster that pushes, watched from outside."""
+from __future__ import annotations
+
+import os
+import signal
+from argparse import SUPPRESS, ArgumentParser
+from typing import Any
+
+from django.conf import settings
+from django.core.management.base import BaseCommand
+from django.db import connections
+
+from consumers.parent import die_with_parent
+from delivery.cluster import Watcher
+
+
+class Command(BaseCommand):
+    help = "Run the django-q2 cluster that pushes. Any number, on any number of machines."
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("--cluster", action="store_true", help=SUPPRESS)
+
+    def handle(self, *_: Any, **options: Any) -> None:
+        if not options["cluster"]:
+            Watcher(settings.SEQUIN_WORKERS).run()
+            return
+        die_with_parent(signal.SIGKILL)
+        if os.getppid() == 1:
+            return
+        # The cluster's processes are forks of one another: each ends with the one above it.
+        os.register_at_fork(after_in_child=lambda: die_with_parent(signal.SIGKILL))
+        from django_q.cluster import Cluster
+
+        connections.close_all()
+        cluster = Cluster()
+        cluster.start()
+        cluster.sentinel.join()

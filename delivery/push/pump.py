@@ -1,0 +1,356 @@
+"""Serve many push consumers at once: claim, send, settle. One pump per worker slot.
+
+A pump holds the turns of its share of the consumers. Nothing blocks its loop but the store: requests run in the transport,
+notices come from a listening thread, and both arrive in one queue.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import random
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from uuid import UUID, uuid4
+
+import psycopg
+from django.conf import settings
+from django.db import DatabaseError, connection
+
+from consumers.envelope import addressing, idempotency_key, render_with
+from consumers.models import Consumer
+from consumers.store import claims, lifecycle, turns
+from consumers.store.connection import store_connection
+from consumers.store.interest import concerns
+from consumers.store.lifecycle import Attempt
+from consumers.store.types import Failure
+from delivery.push import retry, signing
+from delivery.push.lane import InHand, Lane, Target
+from delivery.push.transport import Outcome, Request, Transport
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.25
+RENEW_TURNS_S = 1.0
+RENEW_LEASES_S = 4.0
+SWEEP_S = 1.0
+ATTEMPTS_A_ROUND = 200  # successes kept of one round, for people
+CHANNELS = ("sequin_log", "sequin_consumer", "sequin_config", "sequin_stop")
+
+
+class Notice(NamedTuple):
+    channel: str
+    payload: str
+
+
+class Flight(NamedTuple):
+    """The tag of a request: whose, and which."""
+
+    consumer_id: UUID
+    number: int
+
+
+class Pump:
+    """Runs until its slice is over, or until told to stop."""
+
+    def __init__(self, stopping: Callable[[], bool] = lambda: False) -> None:
+        self.holder = uuid4()
+        self._stopping = stopping
+        self._stopped = False
+        self._events: queue.SimpleQueue[Outcome | Notice] = queue.SimpleQueue()
+        self._transport = Transport(self._events, settings.SEQUIN_ALLOWED_NETWORKS)
+        self._lanes: dict[UUID, Lane] = {}
+        self._endpoint_hold: dict[UUID, float] = {}
+        self._number = 0
+        self._renewed_at = self._leases_at = self._swept_at = 0.0
+        self._stored: dict[UUID, int] = {}
+        self._listening = threading.Event()
+
+    def run(self, slice_s: float) -> None:
+        end = time.monotonic() + slice_s
+        listener = threading.Thread(target=self._listen, name="push-listener", daemon=True)
+        listener.start()
+        try:
+            while not self._stopped and not self._stopping() and time.monotonic() < end:
+                self._round()
+        finally:
+            self._stopped = True
+            self._finish()
+
+    def _round(self) -> None:
+        """Hold turns, claim, send, then take in what has happened."""
+        now = time.monotonic()
+        if now - self._renewed_at >= RENEW_TURNS_S:
+            self._renewed_at = now
+            self._hold_turns()
+        if now - self._leases_at >= RENEW_LEASES_S:
+            self._leases_at = now
+            self._renew_leases()
+        if now - self._swept_at >= SWEEP_S:
+            self._swept_at = now
+            self._sweep()
+        worked = False
+        for lane in list(self._lanes.values()):
+            worked = self._fill(lane, now) or worked
+            self._send(lane, now)
+        self._take_in(0.0 if worked else TICK_S)
+
+    # Turns and leases ---------------------------------------------------------------------------------------------
+
+    def _hold_turns(self) -> None:
+        lifecycle.beat("pump", str(self.holder))
+        held = turns.renew(self.holder)
+        for consumer_id in list(self._lanes):
+            if consumer_id not in held:
+                self._let_go(consumer_id)
+        active, pumps = turns.shares()
+        share = -(-active // max(pumps, 1))
+        if len(held) > share:
+            spare = sorted(held, key=lambda c: len(self._lanes[c].flights) if c in self._lanes else 0)[: len(held) - share]
+            for consumer_id in spare:
+                self._let_go(consumer_id)
+            turns.release(self.holder, spare)
+            held -= set(spare)
+        elif len(held) < share:
+            held |= set(turns.take(self.holder, share - len(held)))
+        missing = held - self._lanes.keys()
+        if missing:
+            self._lanes.update({target.consumer_id: Lane(target) for target in _load_targets(missing)})
+
+    def _let_go(self, consumer_id: UUID) -> None:
+        """The turn is gone, or goes: what is not sent yet goes back; what is in flight is settled if it still counts."""
+        lane = self._lanes.pop(consumer_id, None)
+        if lane is not None:
+            receipts = [(item.token, item.message.id) for item in lane.items()]
+            if receipts:
+                claims.give_back(consumer_id, receipts)
+
+    def _renew_leases(self) -> None:
+        for lane in self._lanes.values():
+            tokens = lane.tokens()
+            if tokens:
+                gone = tokens - claims.renew(tokens, lane.target.lease_ms)
+                if gone:
+                    lane.forget_tokens(gone)
+
+    # Claiming and sending -------------------------------------------------------------------------------------------
+
+    def _fill(self, lane: Lane, now: float) -> bool:
+        """Claim when there is room and reason; true when something came."""
+        hold = max(lane.hold_until, self._endpoint_hold.get(lane.target.endpoint_id, 0.0))
+        due = lane.hungry or (lane.look_at and now >= lane.look_at)
+        room = lane.room()
+        if not due or room <= 0 or now < hold:
+            return False
+        claim = claims.claim(lane.target.consumer_id, room, lease_ms=lane.target.lease_ms, holder=self.holder)
+        lane.look_at = 0.0
+        if claim.token is None:
+            lane.hungry = not claim.at_end
+            if claim.next_due_ms is not None:
+                lane.look_at = now + claim.next_due_ms / 1000 + 0.005
+            return False
+        lane.hungry = True
+        lane.pending.extend(InHand(claim.token, message) for message in claim.messages)
+        return True
+
+    def _send(self, lane: Lane, now: float) -> None:
+        if now < self._endpoint_hold.get(lane.target.endpoint_id, 0.0):
+            return
+        while batch := lane.next_batch():
+            self._number += 1
+            lane.depart(self._number, batch)
+            self._transport.submit(_request(lane.target, batch, Flight(lane.target.consumer_id, self._number)))
+
+    # What happened ----------------------------------------------------------------------------------------------------
+
+    def _take_in(self, wait_s: float) -> None:
+        """Wait for something to happen, then take in all of it."""
+        outcomes: list[Outcome] = []
+        if self._transport_is_idle() and wait_s:
+            wait_s = self._until_due(wait_s)
+        try:
+            event = self._events.get(timeout=wait_s) if wait_s else self._events.get_nowait()
+            while True:
+                if isinstance(event, Outcome):
+                    outcomes.append(event)
+                else:
+                    self._hear(event)
+                event = self._events.get_nowait()
+        except queue.Empty:
+            pass
+        if outcomes:
+            self._settle(outcomes)
+
+    def _transport_is_idle(self) -> bool:
+        return not any(lane.flights for lane in self._lanes.values())
+
+    def _until_due(self, longest: float) -> float:
+        now = time.monotonic()
+        due = [lane.look_at - now for lane in self._lanes.values() if lane.look_at]
+        return min([longest, *(max(0.001, wait) for wait in due)])
+
+    def _settle(self, outcomes: list[Outcome]) -> None:
+        acks: dict[UUID, list[tuple[UUID, int]]] = defaultdict(list)
+        attempts: list[Attempt] = []
+        now = time.monotonic()
+        for outcome in outcomes:
+            lane = self._lanes.get(outcome.tag.consumer_id)
+            batch = lane.arrive(outcome.tag.number) if lane is not None else []
+            if lane is None or not batch:
+                continue  # the lease was lost meanwhile; whoever has it now delivers again
+            lane.hungry = True
+            if outcome.ok:
+                lane.succeeded()
+                acks[outcome.tag.consumer_id].extend((item.token, item.message.id) for item in batch)
+            else:
+                self._failed(lane, batch, outcome, now)
+            if not outcome.ok or len(attempts) < ATTEMPTS_A_ROUND:
+                attempts.extend(_attempts(lane.target, batch, outcome))
+        for consumer_id, receipts in acks.items():
+            claims.ack(consumer_id, receipts)
+        lifecycle.record_attempts(attempts)
+
+    def _failed(self, lane: Lane, batch: list[InHand], outcome: Outcome, now: float) -> None:
+        asked = None
+        if outcome.status is not None:
+            asked = retry.retry_after_s(outcome.status, outcome.retry_after, time.time())
+        if asked is not None:
+            self._endpoint_hold[lane.target.endpoint_id] = now + asked
+            lane.look_at = now + asked
+        lane.failed(now)
+        max_batch = -(-len(batch) // 2) if len(batch) > 1 else None
+        error = outcome.error or "failed"
+        failures = []
+        for item in batch:
+            delay = retry.delay_ms(item.message.deliver_count, random.uniform(-1, 1))
+            if asked is not None:
+                delay = int(asked * 1000)
+            failures.append(Failure(item.token, item.message.id, delay, error, outcome.status, "retry", max_batch))
+        claims.fail(lane.target.consumer_id, failures)
+        lane.drop_behind(batch)
+        if outcome.status == retry.GONE:
+            self._pause(lane)
+
+    def _pause(self, lane: Lane) -> None:
+        """410: the endpoint is gone for good, so nothing more is sent until somebody resumes the consumer."""
+        log.warning("paused consumer=%s: its endpoint answered 410 Gone", lane.target.consumer_name)
+        consumer = Consumer.objects.get(pk=lane.target.consumer_id)
+        consumer.status = "paused"
+        consumer.save(update_fields=["status", "updated_at"])
+
+    def _hear(self, notice: Notice) -> None:
+        if notice.channel == "sequin_log":
+            told = json.loads(notice.payload)
+            self._wake_source(UUID(told["source"]), told["relations"])
+        elif notice.channel == "sequin_consumer":
+            lane = self._lanes.get(UUID(notice.payload))
+            if lane is not None:
+                lane.hungry = True
+        elif notice.channel == "sequin_stop":
+            if notice.payload == os.environ.get("SEQUIN_CLUSTER"):
+                self._stopped = True
+        else:
+            self._reconfigure()
+
+    def _reconfigure(self) -> None:
+        """Something was edited: what is not sent yet goes by the new settings."""
+        self._renewed_at = 0.0
+        for target in _load_targets(set(self._lanes)):
+            self._lanes[target.consumer_id].target = target
+            self._lanes[target.consumer_id].hungry = True
+
+    def _wake_source(self, source_id: UUID, relations: list[int]) -> None:
+        for lane in self._lanes.values():
+            if lane.target.source_id == source_id and not lane.hungry and concerns(relations, lane.target.tables):
+                lane.hungry = True
+
+    def _sweep(self) -> None:
+        """Find what a lost notice would have told."""
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT source, stored_lsn + part_changes FROM capture_progress")
+            for source_id, stored in cursor.fetchall():
+                if self._stored.get(source_id) != stored:
+                    self._stored[source_id] = stored
+                    self._wake_source(source_id, [])
+
+    def _listen(self) -> None:
+        while not self._stopped:
+            try:
+                with store_connection(application_name="sequin push listener") as conn:
+                    for channel in CHANNELS:
+                        conn.execute(f"LISTEN {channel}")
+                    self._events.put(Notice("sequin_config", ""))
+                    while not self._stopped:
+                        for notice in conn.notifies(timeout=0.5, stop_after=1):
+                            self._events.put(Notice(notice.channel, notice.payload))
+            except (psycopg.Error, OSError) as error:
+                log.warning("push listener lost the store: %s", " ".join(str(error).split())[:200])
+                time.sleep(0.5)
+
+    def _finish(self) -> None:
+        """Leave nothing behind: what was not sent, or not answered, goes back."""
+        try:
+            self._take_in(0.0)
+            for consumer_id in list(self._lanes):
+                self._let_go(consumer_id)
+            turns.release(self.holder)
+            turns.forget_pump()
+        except DatabaseError as error:
+            log.warning("the pump could not give its messages back; their leases will end: %s", str(error)[:200])
+            connection.close()
+        self._transport.close()
+
+
+def _load_targets(consumer_ids: set[UUID]) -> list[Target]:
+    found = Consumer.objects.filter(pk__in=consumer_ids, kind="push").select_related("source", "endpoint")
+    targets = []
+    for consumer in found:
+        source, endpoint = consumer.source, consumer.endpoint
+        if endpoint is None:
+            continue
+        targets.append(
+            Target(
+                consumer.pk, consumer.name, consumer.source_id, tuple(consumer.tables), consumer.batch_size,
+                consumer.concurrency, endpoint.pk, endpoint.url + consumer.path, {**endpoint.headers, **endpoint.secret_headers},
+                endpoint.signing_secret, endpoint.timeout_ms / 1000,
+                addressing(
+                    consumer_id=consumer.pk, consumer_name=consumer.name, source_id=source.pk, source_name=source.name,
+                    database=source.database,
+                ),
+            )
+        )  # fmt: skip
+    return targets
+
+
+def _request(target: Target, batch: list[InHand], tag: Flight) -> Request:
+    """One POST, signed now: a retry is signed anew, with the same id."""
+    bodies = [render_with(item.message, target.tail) for item in batch]
+    if target.batch_size == 1:
+        body, webhook_id = bodies[0], idempotency_key(batch[0].message)
+    else:
+        body = b'{"data":[' + b",".join(bodies) + b"]}"
+        webhook_id = signing.batch_id([idempotency_key(item.message) for item in batch])
+    now = int(time.time())
+    headers = {
+        "Content-Type": "application/json",
+        "User-Agent": "sequin",
+        "webhook-id": webhook_id,
+        "webhook-timestamp": str(now),
+        "webhook-signature": signing.signature(target.secrets, webhook_id, now, body),
+        **target.headers,
+    }
+    return Request(target.url, headers, body, target.timeout_s, tag)
+
+
+def _attempts(target: Target, batch: list[InHand], outcome: Outcome) -> list[Attempt]:
+    return [
+        Attempt(
+            target.consumer_id, target.source_id, item.message.id, outcome.ok, outcome.status, outcome.error,
+            outcome.duration_ms, outcome.response or None, target.url, item.message.deliver_count,
+        )
+        for item in batch
+    ]  # fmt: skip
