@@ -1,4 +1,29 @@
-"""The management API below /api/."""
+"""The management API below /api/. The pull API's paths are in delivery."""
 from django.urls import path
 
-urlpatterns: list = []
+from consumers.api import configuration, messages, operations, schema
+
+urlpatterns = [
+    path("schema", schema.SchemaView.as_view(), name="schema"),
+    path("docs", schema.docs, name="docs"),
+    path("sources", configuration.SourcesView.as_view()),
+    path("sources/<str:name>", configuration.SourceView.as_view()),
+    path("sources/<str:name>/check", operations.SourceCheckView.as_view()),
+    path("sources/<str:name>/tables", operations.SourceTablesView.as_view()),
+    path("http_endpoints", configuration.EndpointsView.as_view()),
+    path("http_endpoints/<str:name>", configuration.EndpointView.as_view()),
+    path("consumers", configuration.ConsumersView.as_view()),
+    path("consumers/<str:name>", configuration.ConsumerView.as_view()),
+    path("consumers/<str:name>/pause", operations.PauseView.as_view()),
+    path("consumers/<str:name>/resume", operations.ResumeView.as_view()),
+    path("consumers/<str:consumer>/messages", messages.MessagesView.as_view()),
+    path("consumers/<str:consumer>/messages/retry", messages.RetryView.as_view()),
+    path("consumers/<str:consumer>/messages/discard", messages.DiscardView.as_view()),
+    *(
+        path(f"consumers/<str:consumer>/{call}", operations.LaterView.as_view(feature=feature))
+        for call, feature in (("rewind", "rewind"), ("republish", "republish"), ("test", "testing where and transform"))
+    ),
+    path("backfills", operations.LaterListView.as_view(feature="backfilling")),
+    path("backfills/<str:backfill>", operations.LaterListView.as_view(feature="backfilling")),
+    path("backfills/<str:backfill>/<str:call>", operations.LaterListView.as_view(feature="backfilling")),
+]
