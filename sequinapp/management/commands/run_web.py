@@ -1,0 +1,89 @@
+"""`manage.py run_web`: the production web server: console, API, /health, /metrics.
+
+granian in WSGI mode, one process: a long poll holds a parked thread there and nothing else.
+"""
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+from django.core.management.base import BaseCommand, CommandError
+
+from consumers.parent import die_with_parent
+
+SPARE_THREADS = 100  # for those that do not wait
+KILL_AFTER_S = 2
+BACKLOG = 2048
+
+
+class Command(BaseCommand):
+    help = "Serve console, API, /health and /metrics."
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("--host", default="127.0.0.1")
+        parser.add_argument("--port", type=int, default=8000)
+
+    def handle(self, *_: Any, **options: Any) -> None:
+        host, port = options["host"], options["port"]
+        demand_free(host, port)
+        from granian import Granian
+        from granian.constants import Interfaces
+
+        # The worker process ends with this one, even when this one is killed.
+        os.register_at_fork(after_in_child=lambda: die_with_parent(signal.SIGKILL))
+        server = Granian(
+            "sequinapp.wsgi:application",
+            address=host,
+            port=port,
+            interface=Interfaces.WSGI,
+            workers=1,
+            blocking_threads=settings.SEQUIN_MAX_WAITERS + SPARE_THREADS,
+            backlog=BACKLOG,
+            backpressure=settings.SEQUIN_MAX_WAITERS + SPARE_THREADS,
+            respawn_failed_workers=True,
+            respawn_interval=0.2,
+            workers_kill_timeout=KILL_AFTER_S,
+            websockets=False,
+            log_enabled=False,
+            working_dir=Path(settings.BASE_DIR),
+        )
+        os.environ["SEQUIN_WEB_BEATS"] = "1"
+        self.stderr.write(f"serving http://{host}:{port}")
+        server.serve()
+
+
+def demand_free(host: str, port: int) -> None:
+    """A port that is taken gets one line, not granian's traceback."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(found[0], socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(found[4])
+    except OSError as error:
+        raise CommandError(f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port", returncode=2) from None
+
+
+def beat_while_serving() -> None:
+    """Say every two seconds that this web process is alive and reaches the store."""
+    from django.db import DatabaseError, connection
+
+    from consumers.store import lifecycle
+
+    def beat() -> None:
+        pause = threading.Event()
+        while True:
+            try:
+                lifecycle.beat("web")
+            except DatabaseError:
+                pass
+            finally:
+                connection.close()
+            pause.wait(2)
+
+    threading.Thread(target=beat, name="web-heartbeat", daemon=True).start()
