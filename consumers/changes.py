@@ -13,7 +13,7 @@ from django.db import transaction
 
 from consumers.models import Consumer, HttpEndpoint, Source
 from consumers.source_connection import SourceUnreachable
-from consumers.source_setup import SetupRefused, drop_slot, prepare_source, publish_tables, source_position
+from consumers.source_setup import Prepared, SetupRefused, drop_slot, prepare_source, publish_tables, source_position
 from consumers.store import lifecycle
 
 REACHED_BY = ("host", "port", "database", "username", "password", "sslmode", "ssl_root_cert", "slot_name", "publication_name")
@@ -23,11 +23,14 @@ class InUse(Exception):
     """Refused because others depend on it. The text says who, and what to do."""
 
 
-def save(thing: Source | HttpEndpoint | Consumer) -> None:
-    """Validate and save, with all effects. Raises ValidationError, with nothing changed."""
+def save(thing: Source | HttpEndpoint | Consumer, prepared: Prepared | None = None) -> None:
+    """Validate and save, with all effects. Raises ValidationError, with nothing changed.
+
+    `prepared`: what `prepare` answered for this source, when that was done before.
+    """
     thing.full_clean()
     if isinstance(thing, Source):
-        _save_source(thing)
+        _save_source(thing, prepared)
     elif isinstance(thing, Consumer):
         _save_consumer(thing)
     else:
@@ -58,26 +61,39 @@ def delete(thing: Source | HttpEndpoint | Consumer, *, discard: bool = False, dr
         thing.delete()
 
 
-def _save_source(source: Source) -> None:
-    before = None if source._state.adding else Source.objects.filter(pk=source.pk).first()
-    same_place = before is not None and all(getattr(before, name) == getattr(source, name) for name in REACHED_BY)
-    if source.status == "active" and not same_place:
-        try:
-            made = prepare_source(source)
-        except SourceUnreachable as error:
-            raise ValidationError({"host": f"{error}"}) from None
-        except SetupRefused as error:
-            raise ValidationError({error.field: error.reason}) from None
-        except psycopg.Error as error:
-            raise ValidationError({"host": " ".join(str(error).split())}) from None
-        if before is None or before.slot_name != source.slot_name:
-            source.slot_created = made.slot_created
-        else:
-            source.slot_created = before.slot_created or made.slot_created
-        if before is None or before.publication_name != source.publication_name:
-            source.publication_created = made.publication_created
-        else:
-            source.publication_created = before.publication_created or made.publication_created
+def prepare(source: Source) -> Prepared | None:
+    """Make the slot and publication of a source that is new or moved; None when there is nothing to do.
+
+    Not inside a transaction that has written to the store, where the source may share its server: making a slot waits for
+    that transaction. Raises ValidationError.
+    """
+    if source.status != "active" or _is_where_it_was(source):
+        return None
+    try:
+        return prepare_source(source)
+    except SourceUnreachable as error:
+        raise ValidationError({"host": f"{error}"}) from None
+    except SetupRefused as error:
+        raise ValidationError({error.field: error.reason}) from None
+    except psycopg.Error as error:
+        raise ValidationError({"host": " ".join(str(error).split())}) from None
+
+
+def _is_where_it_was(source: Source) -> bool:
+    before = Source.objects.filter(pk=source.pk).first()
+    if before is None or any(getattr(before, name) != getattr(source, name) for name in REACHED_BY):
+        return False
+    return before.status == "active"
+
+
+def _save_source(source: Source, made: Prepared | None) -> None:
+    before = Source.objects.filter(pk=source.pk).first()
+    made = made or prepare(source)
+    if made is not None:
+        kept_slot = before is not None and before.slot_name == source.slot_name and before.slot_created
+        kept_publication = before is not None and before.publication_name == source.publication_name and before.publication_created
+        source.slot_created = made.slot_created or kept_slot
+        source.publication_created = made.publication_created or kept_publication
     source.save()
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import os
 from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
 from django.conf import settings
 from django.core.exceptions import FieldDoesNotExist, ValidationError
 from django.core.management.base import BaseCommand, CommandError
@@ -19,6 +22,11 @@ from django.db import models, transaction
 
 from consumers import changes
 from consumers.models import ApiToken, Consumer, HttpEndpoint, Source
+from consumers.source_connection import SourceUnreachable
+from consumers.source_setup import Prepared as SourcePrepared
+from consumers.source_setup import drop_slot
+
+Prepared = tuple[Source, SourcePrepared]
 
 MODELS: dict[str, type[Source] | type[HttpEndpoint] | type[Consumer]] = {
     "consumers.source": Source,
@@ -45,16 +53,64 @@ class Command(BaseCommand):
 
     def handle(self, *_: Any, **options: Any) -> None:
         counts = {"created": 0, "changed": 0, "unchanged": 0}
-        with transaction.atomic():
-            for name in options["files"]:
-                path = _find(name)
-                for number, entry in enumerate(_read(path), 1):
-                    try:
-                        counts[_load(entry)] += 1
-                    except Refused as error:
-                        where = f": {error.field}" if error.field else ""
-                        raise CommandError(f"{path}: object {number} ({_title(entry)}){where}: {error.reason}") from None
+        entries = [
+            (path, number, entry)
+            for path in map(_find, options["files"])
+            for number, entry in enumerate(_read(path), 1)
+        ]  # fmt: skip
+        prepared: dict[Any, Prepared] = {}
+        try:
+            # Slots first and outside the transaction: making one waits for every open transaction of its server, which
+            # would be ours where the source shares the store's server.
+            for path, number, entry in entries:
+                with _named(path, number, entry):
+                    _prepare(entry, prepared)
+            with transaction.atomic():
+                for path, number, entry in entries:
+                    with _named(path, number, entry):
+                        counts[_load(entry, prepared)] += 1
+        except BaseException:
+            for source, made in prepared.values():
+                _undo(source, made)
+            raise
         self.stdout.write(", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+@contextmanager
+def _named(path: Path, number: int, entry: Any) -> Iterator[None]:
+    """An error is one line with file, object and field."""
+    try:
+        yield
+    except Refused as error:
+        where = f": {error.field}" if error.field else ""
+        raise CommandError(f"{path}: object {number} ({_title(entry)}){where}: {error.reason}") from None
+    except ValidationError as error:
+        field, messages = next(iter(changes.errors_of(error).items()))
+        where = "" if field == "non_field_errors" else f": {field}"
+        raise CommandError(f"{path}: object {number} ({_title(entry)}){where}: {' '.join(messages)}") from None
+
+
+def _prepare(entry: Any, prepared: dict[Any, Prepared]) -> None:
+    """Make slot and publication of a source that is new, or moves."""
+    model, thing, fields, created = _understand(entry)
+    if not isinstance(thing, Source):
+        return  # it may refer to what is not saved yet
+    changed = _assign(model, thing, fields, created)
+    if changed and thing.name not in prepared:
+        thing.full_clean()
+        made = changes.prepare(thing)
+        if made is not None:
+            prepared[thing.name] = (thing, made)
+
+
+def _undo(source: Source, made: SourcePrepared) -> None:
+    """Leave no slot behind when the fixture was refused after all."""
+    source.slot_created, source.publication_created = made
+    if any(made):
+        try:
+            drop_slot(source)
+        except (SourceUnreachable, psycopg.Error) as error:
+            raise CommandError(f"the fixture was refused, and the slot {source.slot_name} is left behind: {error}") from None
 
 
 def _find(name: str) -> Path:
@@ -84,7 +140,8 @@ def _title(entry: Any) -> str:
     return f"{entry.get('model')} {name}" if name else str(entry.get("model"))
 
 
-def _load(entry: Any) -> str:
+def _understand(entry: Any) -> tuple[Any, Any, dict[str, Any], bool]:
+    """The model, the object found or new, the fields named, and whether it is new."""
     if not isinstance(entry, dict) or not isinstance(entry.get("fields"), dict):
         raise Refused("", 'expected {"model": "consumers.…", "fields": {…}}')
     unknown = set(entry) - {"model", "fields", "pk"}
@@ -100,15 +157,14 @@ def _load(entry: Any) -> str:
         raise Refused("model", f"expected one of {', '.join(MODELS)}, got {entry.get('model')!r}")
     fields = {name: _from_environment(name, value) for name, value in entry["fields"].items()}
     thing, created = _look_up(model, entry.get("pk"), fields)
-    changed = _assign(model, thing, fields, created)
-    try:
-        if created or changed:
-            changes.save(thing)
-        else:
-            return "unchanged"
-    except ValidationError as error:
-        field, messages = next(iter(changes.errors_of(error).items()))
-        raise Refused("" if field == "non_field_errors" else field, " ".join(messages)) from None
+    return model, thing, fields, created
+
+
+def _load(entry: Any, prepared: dict[Any, Prepared]) -> str:
+    model, thing, fields, created = _understand(entry)
+    if not _assign(model, thing, fields, created):
+        return "unchanged"
+    changes.save(thing, prepared.get(thing.name, (None, None))[1] if isinstance(thing, Source) else None)
     return "created" if created else "changed"
 
 
@@ -144,7 +200,8 @@ def _assign(model: Any, thing: Any, fields: dict[str, Any], created: bool) -> bo
             value = _referred(name, field, value)
         else:
             value = _typed(name, field, value)
-        if getattr(thing, name) != value:
+        known = getattr(thing, field.attname)
+        if known != (value.pk if isinstance(value, models.Model) else value):
             setattr(thing, name, value)
             changed = True
     return changed or created

@@ -53,13 +53,14 @@ class Command(BaseCommand):
         self._restart_at = 0.0
         lock = _lock_home(settings.SEQUIN_HOME)
         supervisor = Supervisor([], lambda: None)
+        lines: list[str] = []
         signal.signal(signal.SIGTERM, _interrupt)
         try:
             demand_free(self._host, self._port)
             self._start_store()
             self._allow_loopback()
             call_command("migrate", interactive=False, verbosity=0)
-            lines = [*self._administrator(), *self._token()]
+            lines += [*self._administrator(), *self._token()]
             lines += self._playground(not options["no_playground"])
             connections.close_all()
             supervisor = self._supervisor()
@@ -68,18 +69,24 @@ class Command(BaseCommand):
             supervisor.start()
             self._wait_for_web(supervisor)
             if not supervisor.stopping:
-                self.stdout.write("\n".join(["", *lines, "", "Ctrl-C stops everything."]))
-                self.stdout.flush()
+                self._say(lines, "", "Ctrl-C stops everything.")
             supervisor.run()
         except KeyboardInterrupt:
             pass
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            self._say(lines)  # a password is shown once, also when the start failed after making it
             supervisor.stop_all()
             connections.close_all()
             if self._postgres is not None:
                 self._postgres.stop()
             lock.close()
+
+    def _say(self, lines: list[str], *more: str) -> None:
+        if lines:
+            self.stdout.write("\n".join(["", *lines, *more]))
+            self.stdout.flush()
+            lines.clear()
 
     # The store ------------------------------------------------------------------------------------------------------
 
