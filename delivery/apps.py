@@ -1,5 +1,8 @@
 """Log to customer: pull API, push pumps, broker."""
+import os
+
 from django.apps import AppConfig
+from django.conf import settings
 
 
 class DeliveryConfig(AppConfig):
@@ -7,3 +10,10 @@ class DeliveryConfig(AppConfig):
 
     def ready(self) -> None:
         from delivery import checks  # noqa: F401  (registers them)
+
+        if settings.IS_WEB:
+            from delivery.pull.waiting import close_on_stop_signal
+
+            # The web server's worker is forked from here; where it is spawned instead, it comes through here itself.
+            os.register_at_fork(after_in_child=close_on_stop_signal)
+            close_on_stop_signal()

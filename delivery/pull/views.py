@@ -12,11 +12,11 @@ from rest_framework.views import APIView
 
 from consumers.api.body import read_object
 from consumers.envelope import render_with
-from consumers.store import claims
+from consumers.store import claims, lifecycle
 from consumers.store.types import Claim, Settled
 from delivery.pull import directory, parameters
 from delivery.pull.directory import Receiver
-from delivery.pull.waiting import Waiter, room
+from delivery.pull.waiting import room
 
 # Claims take turns for connections, so that a thousand waiters leave some to everybody else.
 _claiming = threading.BoundedSemaphore(max(1, settings.WEB_POOL_SIZE - 6))
@@ -56,8 +56,37 @@ class ReceiveView(PullView):
         if not claim.messages and not claim.at_end and wait_ms == 0:
             claim = _search_on(receiver, size)
         if not claim.messages and wait_ms > 0:
-            claim = _wait(receiver, size, deadline)
+            receiver, claim = self._wait(receiver, name_or_id, size, deadline)
         return _json(_body(receiver, claim))
+
+    def _wait(self, receiver: Receiver, name_or_id: str, size: int, deadline: float) -> tuple[Receiver, Claim]:
+        waiter = room.enter(receiver)
+        hand_on = True  # unless a claim ended well and found the end: then nobody else need look
+        try:
+            while True:
+                hand_on = True
+                claim = _claim(receiver, size)
+                hand_on = len(claim.messages) >= size or not claim.at_end
+                left = deadline - time.monotonic()
+                if claim.messages or left <= 0 or room.is_closed:
+                    return receiver, claim
+                if claim.at_end:
+                    room.rearm(waiter, claim.next_due_ms)
+                    if not waiter.event.wait(left) or room.is_closed:
+                        return receiver, claim
+                    hand_on = True
+                    waiter.event.clear()
+                    receiver = self._admit_again(name_or_id)
+        finally:
+            connection.close()
+            room.leave(waiter, more=hand_on or waiter.event.is_set())
+
+    def _admit_again(self, name_or_id: str) -> Receiver:
+        """Minutes may have passed: the token may be revoked by now, the consumer deleted or changed."""
+        request = self.initialize_request(self.request._request)
+        self.perform_authentication(request)
+        self.check_permissions(request)
+        return directory.find(name_or_id, request.user)
 
 
 class AckView(PullView):
@@ -76,12 +105,16 @@ class NackView(PullView):
 class ExtendView(PullView):
     def post(self, request: Any, consumer: str) -> HttpResponse:
         def extend(receiver: Receiver, given: Any, receipts: Any) -> Settled:
-            return claims.extend(receiver.id, receipts, parameters.ack_wait_ms(given, receiver.ack_wait_ms))
+            settled = claims.extend(receiver.id, receipts, parameters.ack_wait_ms(given, receiver.ack_wait_ms))
+            if settled.done:
+                lifecycle.wake(receiver.id)  # the next lease may now end earlier than the waiters think
+            return settled
 
         return self.settle(consumer, "extended", extend)
 
 
 def _claim(receiver: Receiver, size: int) -> Claim:
+    connection.close()  # nobody waits for a turn with a connection in hand: those whose turn it is need them
     with _claiming:
         try:
             return claims.claim(receiver.id, size, lease_ms=receiver.ack_wait_ms)
@@ -95,29 +128,6 @@ def _search_on(receiver: Receiver, size: int) -> Claim:
         claim = _claim(receiver, size)
         if claim.messages or claim.at_end:
             return claim
-
-
-def _wait(receiver: Receiver, size: int, deadline: float) -> Claim:
-    waiter = room.enter(receiver)
-    claim = Claim(None, [], True, None)
-    try:
-        while True:
-            claim = _claim(receiver, size)
-            left = deadline - time.monotonic()
-            if claim.messages or left <= 0:
-                return claim
-            if claim.at_end:
-                room.rearm(waiter, claim.next_due_ms)
-                if not waiter.event.wait(left):
-                    return claim
-                waiter.event.clear()
-    finally:
-        room.leave(waiter, more=_leaves_work(waiter, claim))
-
-
-def _leaves_work(waiter: Waiter, claim: Claim) -> bool:
-    """Whoever took a full batch, or was woken and goes empty-handed, hands the wake on."""
-    return (bool(claim.messages) and not claim.at_end) or waiter.event.is_set()
 
 
 def _body(receiver: Receiver, claim: Claim) -> bytes:

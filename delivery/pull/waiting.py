@@ -1,13 +1,16 @@
 """Hold long polls, and wake as many as there is work for: one thread per process listens for all of them.
 
-A waiter is a parked thread without a database connection. Whoever is woken and leaves more behind wakes the next, so a
+A waiter is a parked thread without a database connection. Whoever is woken and may leave more behind wakes the next, so a
 notice costs as many claims as there are batches, not as many as there are waiters. A lost notice costs a second: the sweep
-sees that the log has grown.
+sees that the log has grown, or that something fell due. When the server stops, all polls are answered at once with what
+they have: nothing.
 """
 from __future__ import annotations
 
 import json
 import logging
+import signal
+import socket
 import threading
 import time
 from collections import OrderedDict, defaultdict
@@ -30,6 +33,16 @@ log = logging.getLogger(__name__)
 SWEEP_S = 1.0
 TICK_S = 0.25
 CHANNELS = ("sequin_log", "sequin_consumer", "sequin_config")
+# A store that vanished without a word is noticed by the next sweep within this time; on Unix sockets it means nothing.
+DEAD_AFTER_MS = 10_000
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# Which of these consumers have a lease that ended or a parked message that fell due.
+_DUE_SQL = """
+    SELECT c FROM unnest(%s::uuid[]) c
+    WHERE EXISTS (SELECT FROM leases l WHERE l.consumer = c AND l.until <= clock_timestamp())
+       OR EXISTS (SELECT FROM parked p WHERE p.consumer = c AND p.due_at <= clock_timestamp())
+"""
 
 
 class Waiter:
@@ -51,6 +64,7 @@ class WaitingRoom:
         self._due: dict[UUID, float] = {}
         self._count = 0
         self._listener: threading.Thread | None = None
+        self.is_closed = False
 
     def enter(self, receiver: Receiver) -> Waiter:
         """Begin to wait. Claim again after this: a notice may have come before. Raises TooMany."""
@@ -94,6 +108,14 @@ class WaitingRoom:
                     waiter.event.set()
                     return
 
+    def close(self) -> None:
+        """The server stops: let every poll end now, and later ones at once."""
+        with self._lock:
+            self.is_closed = True
+            for queue in self._waiters.values():
+                for waiter in queue:
+                    waiter.event.set()
+
     def listen(self) -> None:
         """Start the listener, once per process."""
         if self._listener is not None and self._listener.is_alive():
@@ -107,7 +129,7 @@ class WaitingRoom:
         pause = 0.1
         while True:
             try:
-                with store_connection(application_name="sequin pull listener") as conn:
+                with store_connection(application_name="sequin pull listener", tcp_user_timeout=DEAD_AFTER_MS) as conn:
                     for channel in CHANNELS:
                         conn.execute(f"LISTEN {channel}")
                     # What changed while nobody listened.
@@ -118,6 +140,9 @@ class WaitingRoom:
                     self._serve(conn)
             except (psycopg.Error, DatabaseError, OSError) as error:
                 log.warning("pull listener lost the store: %s", " ".join(str(error).split())[:200])
+            except Exception:
+                # Without this thread nobody is woken: whatever it was, begin again.
+                log.exception("pull listener failed")
             finally:
                 close_old_connections()
             time.sleep(pause)
@@ -128,7 +153,10 @@ class WaitingRoom:
         swept = time.monotonic()
         while True:
             for notice in conn.notifies(timeout=TICK_S, stop_after=1):
-                self._hear(notice.channel, notice.payload)
+                try:
+                    self._hear(notice.channel, notice.payload)
+                except (ValueError, KeyError, TypeError):
+                    log.warning("not a notice of ours: channel=%s payload=%.100r", notice.channel, notice.payload)
             now = time.monotonic()
             self._wake_due(now)
             if now - swept >= SWEEP_S:
@@ -175,6 +203,31 @@ class WaitingRoom:
             if seen.get(source, stored) != stored:
                 self._wake_source(source, [])
             seen[source] = stored
+        with self._lock:
+            waiting = list(self._waiters)
+        if waiting:
+            for (consumer,) in conn.execute(_DUE_SQL, [waiting]).fetchall():
+                self.wake(consumer)
 
 
 room = WaitingRoom()
+
+
+def close_on_stop_signal() -> None:
+    """Close the room as soon as this process is told to stop. Outside the main thread, where no signal arrives, nothing.
+
+    The web server sets its own signal handlers later and then waits for the requests that are under way, long polls
+    among them. Python writes a signal's number to the wakeup descriptor whoever handles it, so a thread can watch.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader, writer), name="pull-stop-watch", daemon=True).start()
+
+
+def _watch(reader: socket.socket, writer: socket.socket) -> None:  # `writer` is kept open by being passed
+    while numbers := reader.recv(64):
+        if any(number in STOP_SIGNALS for number in numbers):
+            room.close()
