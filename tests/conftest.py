@@ -1,0 +1,238 @@
+"""Fixtures on real components: source databases, processes of ours, HTTP. Waiting is on a condition, with a deadline."""
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from django.conf import settings
+from django.db import connection
+from psycopg import sql
+
+ROOT = Path(__file__).resolve().parent.parent
+ROLE_PASSWORD = "source-password"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the long version of the fault runs")
+
+
+@pytest.fixture(scope="session")
+def long_run(pytestconfig: pytest.Config) -> bool:
+    return bool(pytestconfig.getoption("--long"))
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 10, what: str = "the condition") -> Any:
+    """Poll until `condition` is true and return its value; fail after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout} s in vain for {what}; last: {value!r}")
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def wait_for() -> Callable[..., Any]:
+    return wait_until
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class SourceDatabase:
+    """A database of its own on the test server, as a user's would be: an owner who may replicate, no superuser."""
+
+    def __init__(self, name: str) -> None:
+        store = settings.DATABASES["default"]
+        self.host, self.port, self.name = str(store["HOST"]), int(store["PORT"]), name
+        self.user, self.password = name, ROLE_PASSWORD
+
+    def connect(self, **options: Any) -> psycopg.Connection[Any]:
+        return psycopg.connect(
+            host=self.host, port=self.port, user=self.user, password=self.password, dbname=self.name,
+            **{"autocommit": True, **options},
+        )  # fmt: skip
+
+    def execute(self, query: str, parameters: Any = None) -> list[tuple[Any, ...]]:
+        with self.connect() as conn:
+            cursor = conn.execute(query, parameters)  # type: ignore[arg-type]
+            return cursor.fetchall() if cursor.description else []
+
+    def admin(self) -> psycopg.Connection[Any]:
+        store = settings.DATABASES["default"]
+        return psycopg.connect(
+            host=self.host, port=self.port, user=store["USER"], password=store["PASSWORD"], dbname="postgres", autocommit=True
+        )
+
+
+@pytest.fixture
+def source_database() -> Iterator[SourceDatabase]:
+    database = SourceDatabase(f"source_{uuid4().hex[:12]}")
+    name = sql.Identifier(database.name)
+    with database.admin() as conn:
+        conn.execute(sql.SQL("CREATE ROLE {} LOGIN REPLICATION PASSWORD {}").format(name, sql.Literal(ROLE_PASSWORD)))
+        conn.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(name, name))
+    yield database
+    with database.admin() as conn:
+        _drop_slots(conn, database.name)
+        conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
+        conn.execute(sql.SQL("DROP ROLE {}").format(name))
+
+
+def _drop_slots(conn: psycopg.Connection[Any], database: str) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        conn.execute(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE database = %s AND active", [database]
+        )
+        try:
+            conn.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = %s", [database])
+            return
+        except psycopg.errors.ObjectInUse:
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def make_source(source_database: SourceDatabase, transactional_db: None) -> Callable[..., Any]:
+    """Make a source on `source_database`, slot and publication included."""
+    from consumers import changes
+    from consumers.models import Source
+
+    def make(name: str = "shop", **fields: Any) -> Source:
+        source = Source(
+            name=name,
+            **{
+                "host": source_database.host, "port": source_database.port, "database": source_database.name,
+                "username": source_database.user, "password": source_database.password,
+                "slot_name": f"{source_database.name}_{name.lower()}"[:60].replace("-", "_").replace(".", "_"),
+                **fields,
+            },
+        )  # fmt: skip
+        changes.save(source)
+        return source
+
+    return make
+
+
+@pytest.fixture
+def make_consumer(transactional_db: None) -> Callable[..., Any]:
+    from consumers import changes
+    from consumers.models import Consumer
+
+    def make(source: Any, name: str = "orders-worker", kind: str = "pull", **fields: Any) -> Consumer:
+        consumer = Consumer(name=name, source=source, kind=kind, **fields)
+        changes.save(consumer)
+        return consumer
+
+    return make
+
+
+@pytest.fixture
+def token(transactional_db: None) -> Callable[..., str]:
+    from consumers.tokens import create_token
+
+    def make(scope: str = "admin", consumers: Any = None) -> str:
+        return create_token(f"token-{uuid4().hex[:8]}", scope, consumers)[1]
+
+    return make
+
+
+@pytest.fixture
+def run(transactional_db: None) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start `manage.py …` against the test database, in a process group of its own; ended afterwards."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "manage.py"), *arguments], env=process_environment(**environment), start_new_session=True
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+    for process in started:
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait(5)
+
+
+def process_environment(**more: str) -> dict[str, str]:
+    """The environment of a process of ours on the test database."""
+    store = connection.settings_dict
+    url = f"postgres://{store['USER']}:{store['PASSWORD']}@{store['HOST']}:{store['PORT']}/{store['NAME']}"
+    return {**os.environ, "DATABASE_URL": url, "DJANGO_SETTINGS_MODULE": "sequinapp.settings", **more}
+
+
+@pytest.fixture
+def web(run: Callable[..., Any], free_port: int) -> str:
+    """The base URL of a real `run_web`."""
+    run("run_web", "--port", str(free_port))
+    url = f"http://127.0.0.1:{free_port}"
+
+    def answers() -> bool:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2).close()
+        except urllib.error.HTTPError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    wait_until(answers, 30, "run_web to answer")
+    return url
+
+
+@pytest.fixture(autouse=True)
+def _forget_caches() -> None:
+    """Caches of the process outlive a test's database."""
+    from consumers import tokens
+    from consumers.store import claims, interest
+    from delivery.pull import directory
+
+    tokens.forget()
+    directory.forget()
+    claims._relation_names.clear()
+    interest._names.clear()
+
+
+@pytest.fixture(autouse=True)
+def _empty_store(request: pytest.FixtureRequest) -> Iterator[None]:
+    """pytest-django empties Django's managed tables after a transactional test; the store's are emptied here."""
+    yield
+    marker = request.node.get_closest_marker("django_db")
+    if "transactional_db" in request.fixturenames or (marker is not None and marker.kwargs.get("transaction")):
+        from consumers.store.connection import store_connection
+
+        with store_connection() as conn:
+            conn.execute(
+                "TRUNCATE messages, kept_messages, relation_version, capture_progress, source_status, consumer_position,"
+                " leases, parked, attempts, turns, heartbeats"
+            )
