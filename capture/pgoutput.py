@@ -6,6 +6,7 @@ with one item a column: the text as bytes, None for NULL, UNCHANGED for a TOASTe
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 _LENGTH = struct.Struct("!I")
@@ -212,7 +213,8 @@ def _insert(data: bytes) -> tuple[Insert, int]:
 
 def _update(data: bytes) -> tuple[Update, int]:
     (oid,) = _OID.unpack_from(data, 1)
-    kind, at, old = chr(data[5]), 6, []
+    kind, at = chr(data[5]), 6
+    old: list[Value] = []
     if kind in ("K", "O"):
         old, at = decode_tuple(data, 6)
         _expect(data, at, "N")
@@ -251,7 +253,7 @@ def _expect(data: bytes, at: int, what: str) -> None:
         raise MalformedMessage(chr(data[0]), f"expected {what} at byte {at}, got {chr(data[at])!r}")
 
 
-_DECODERS = {
+_DECODERS: dict[str, Callable[[bytes], tuple[Message, int]]] = {
     "B": _begin, "C": _commit, "O": _origin, "R": _relation, "Y": _type, "I": _insert, "U": _update, "D": _delete,
     "T": _truncate, "M": _message,
 }  # fmt: skip

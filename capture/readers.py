@@ -20,9 +20,10 @@ from django.conf import settings
 from django.db import DatabaseError, connection
 from django.utils import timezone
 
-from consumers.models import Heartbeat, Source
+from consumers.models import Source
 from consumers.store import lifecycle
 from consumers.store.connection import store_connection
+from consumers.store.models import Heartbeat
 from consumers.store.partitions import maintain
 
 log = logging.getLogger(__name__)

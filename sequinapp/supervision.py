@@ -19,8 +19,8 @@ from django.conf import settings
 from django.db import DatabaseError, connection
 from django.utils import timezone
 
-from consumers.models import Heartbeat
 from consumers.parent import die_with_parent
+from consumers.store.models import Heartbeat
 
 log = logging.getLogger(__name__)
 

@@ -107,7 +107,7 @@ def list_messages(
         if getattr(error.__cause__, "sqlstate", None) == "57014":
             raise TooSlow from None
         raise
-    return [ListedMessage(*row[:7], ACTIONS[row[7]], *row[8:]) for row in rows]
+    return [ListedMessage(*(*row[:7], ACTIONS[row[7]], *row[8:])) for row in rows]
 
 
 def _state_sql(state: str) -> str:

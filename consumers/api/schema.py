@@ -1,7 +1,7 @@
 """The OpenAPI document and its page. Both open with a console login or a token that may manage."""
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from django.contrib.auth.views import redirect_to_login
 from django.http import HttpRequest, HttpResponse
@@ -28,8 +28,8 @@ class BearerExtension(OpenApiAuthenticationExtension):
 
 
 class SchemaView(SpectacularAPIView):
-    authentication_classes: ClassVar[Any] = [SessionAuthentication, TokenAuthentication]
-    permission_classes: ClassVar[Any] = [ConsoleOrToken]
+    authentication_classes = [SessionAuthentication, TokenAuthentication]
+    permission_classes = [ConsoleOrToken]
 
 
 def docs(request: HttpRequest) -> HttpResponse:

@@ -69,7 +69,7 @@ class Headers(serializers.DictField):
 
 class SecretHeaders(Headers):
     def to_representation(self, value: Any) -> dict[str, str]:
-        return {name: MASK for name in value}
+        return dict.fromkeys(value, MASK)
 
 
 class Named(serializers.SlugRelatedField):
@@ -83,7 +83,9 @@ class Named(serializers.SlugRelatedField):
     def to_internal_value(self, data: Any) -> Any:
         if not isinstance(data, str):
             self.fail("invalid")
-        found = by_name_or_id(self.get_queryset().model, data)
+        queryset = self.get_queryset()
+        assert queryset is not None
+        found = by_name_or_id(queryset.model, data)
         if found is None:
             self.fail("does_not_exist")
         return found
@@ -156,7 +158,7 @@ class EndpointShape(Shape):
 
 
 class ConsumerShape(Shape):
-    source = Named(queryset=Source.objects.all())
+    source = Named(queryset=Source.objects.all())  # type: ignore[assignment]
     source_id = serializers.UUIDField(read_only=True)
     kind = Text(help_text="push or pull; fixed at creation")
     stream = Text()

@@ -208,7 +208,7 @@ def encode_rows(rows: Sequence[LogRow], source: bytes, epoch: int) -> bytes:
     fixed, length = _FIXED.pack, _LENGTH.pack
     for (
         relation, table_oid, action, key, old_key, xid, commit_lsn, commit_idx, committed_us, record, changes,
-        unchanged, old_values_known, annotations, consumer,
+        unchanged, old_values_known, notes, consumer,
     ) in rows:  # fmt: skip
         add(
             fixed(
@@ -219,7 +219,7 @@ def encode_rows(rows: Sequence[LogRow], source: bytes, epoch: int) -> bytes:
         add(key)
         add(length(len(record)))
         add(record)
-        if old_key is None and unchanged is None and annotations is None and consumer is None:
+        if old_key is None and unchanged is None and notes is None and consumer is None:
             if changes is None:
                 add(_FIVE_NULLS)
             else:
@@ -227,7 +227,7 @@ def encode_rows(rows: Sequence[LogRow], source: bytes, epoch: int) -> bytes:
                 add(changes)
                 add(_NULL * 3)
         else:
-            for text in (old_key, changes, unchanged, annotations, None if consumer is None else consumer.bytes):
+            for text in (old_key, changes, unchanged, notes, None if consumer is None else consumer.bytes):
                 if text is None:
                     add(_NULL)
                 else:

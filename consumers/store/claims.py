@@ -137,13 +137,13 @@ def _messages(rows: list[tuple[Any, ...]]) -> list[ClaimedMessage]:
     messages = []
     for (
         _, _, _, source, id_, count, group, group2, max_batch, relation, action, record, changes, key, commit_lsn,
-        commit_idx, committed_at, epoch, unchanged, old_values_known, annotations,
+        commit_idx, committed_at, epoch, unchanged, old_values_known, notes,
     ) in rows:  # fmt: skip
         schema, table = _relation_names[relation]
         messages.append(
             ClaimedMessage(
                 id_, count, group, group2, max_batch, ACTIONS[action], schema, table, record, changes, key, commit_lsn,
-                commit_idx, committed_at, epoch, unchanged, old_values_known, annotations, source,
+                commit_idx, committed_at, epoch, unchanged, old_values_known, notes, source,
             )
         )  # fmt: skip
     return messages

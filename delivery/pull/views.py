@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 from django.conf import settings
 from django.db import connection
@@ -14,6 +14,7 @@ from consumers.api.body import read_object
 from consumers.envelope import render_with
 from consumers.store import claims, lifecycle
 from consumers.store.types import Claim, Settled
+from consumers.tokens import Caller
 from delivery.pull import directory, parameters
 from delivery.pull.directory import Receiver
 from delivery.pull.waiting import room
@@ -29,7 +30,7 @@ class PullView(APIView):
 
     def receiver(self, name_or_id: str) -> Receiver:
         room.listen()
-        return directory.find(name_or_id, self.request.user)
+        return directory.find(name_or_id, cast(Caller, self.request.user))
 
     def settle(self, name_or_id: str, what: str, action: Any) -> HttpResponse:
         receiver = self.receiver(name_or_id)
@@ -86,7 +87,7 @@ class ReceiveView(PullView):
         request = self.initialize_request(self.request._request)
         self.perform_authentication(request)
         self.check_permissions(request)
-        return directory.find(name_or_id, request.user)
+        return directory.find(name_or_id, cast(Caller, request.user))
 
 
 class AckView(PullView):

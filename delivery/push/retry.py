@@ -39,4 +39,4 @@ def hold_s(failures: int) -> float:
     """How long an endpoint that failed so often in a row is left alone before the next probe; 0 below the breaker's limit."""
     if failures < FAILURES_TO_OPEN:
         return 0.0
-    return min(HOLD_LONGEST_S, HOLD_FIRST_S * 2 ** min(failures - FAILURES_TO_OPEN, 16))
+    return min(HOLD_LONGEST_S, HOLD_FIRST_S * float(1 << min(failures - FAILURES_TO_OPEN, 16)))

@@ -28,7 +28,7 @@ class Command(BaseCommand):
                 raise CommandError(f"there is no consumer {name!r}; there is: {known}")
             chosen.append(found)
         try:
-            _, plain = create_token(options["name"], options["scope"], chosen)
+            plain = create_token(options["name"], options["scope"], chosen)[1]
         except ValidationError as error:
             raise CommandError("; ".join(f"{field}: {' '.join(text)}" for field, text in error.message_dict.items())) from None
         self.stdout.write(plain)

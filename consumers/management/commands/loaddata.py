@@ -196,10 +196,8 @@ def _assign(model: Any, thing: Any, fields: dict[str, Any], created: bool) -> bo
         if field is None or not isinstance(field, models.Field) or (not field.editable and name != "id"):
             known = sorted(f.name for f in model._meta.fields if f.editable and f.name != "id")
             raise Refused(name, f"is not a field; expected some of {', '.join(known)}")
-        if isinstance(field, models.ForeignKey):
-            value = _referred(name, field, value)
-        else:
-            value = _typed(name, field, value)
+        find = _referred if isinstance(field, models.ForeignKey) else _typed
+        value = find(name, field, value)
         known = getattr(thing, field.attname)
         if known != (value.pk if isinstance(value, models.Model) else value):
             setattr(thing, name, value)
