@@ -200,7 +200,7 @@ class WaitingRoom:
 
     def _sweep(self, conn: psycopg.Connection[Any], seen: dict[UUID, int]) -> None:
         for source, stored in conn.execute("SELECT source, stored_lsn + part_changes FROM capture_progress").fetchall():
-            if seen.get(source, stored) != stored:
+            if seen.get(source) != stored:
                 self._wake_source(source, [])
             seen[source] = stored
         with self._lock:
