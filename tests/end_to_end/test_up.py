@@ -1,0 +1,132 @@
+"""`manage.py up` as a newcomer uses it: insert with psql, receive with curl, see it pushed; start and stop cleanly."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, wait_until
+from tests.installation import Installation, leftovers
+
+PULL, PUSH = "playground-pull", "playground-push"
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    base = tmp_path_factory.mktemp("up")
+    made = Installation(base / "home")
+    made.start()
+    yield made
+    if made.process is not None and made.process.poll() is None:
+        made.stop()
+
+
+def pushed(installation: Installation, text: str) -> Any:
+    return wait_until(lambda: text in str(installation.call("GET", "/receiver/arrivals")[1]), 15, f"{text} at the receiver")
+
+
+def test_a_change_reaches_the_waiting_client_and_the_receiver(installation: Installation) -> None:
+    with installation.source() as source:
+        source.execute("INSERT INTO orders (customer_id, status, total) VALUES (1, 'first-order', 99.50)")
+    messages = installation.receive(PULL, wait="30s")
+    record = messages[0]["data"]["record"]
+    assert (record["status"], record["total"]) == ("first-order", 99.5) and messages[0]["deliver_count"] == 1
+    assert messages[0]["data"]["metadata"]["consumer"]["name"] == PULL
+    assert installation.ack(PULL, messages) == {"success": True, "acked": 1, "stale": 0}
+    pushed(installation, "first-order")
+
+
+def test_the_playground_command_makes_changes(installation: Installation) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("DATABASE_URL", "SECRET_KEY", "ENCRYPTION_KEYS")}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "manage.py"), "playground"], capture_output=True, text=True, check=False,
+        env={**environment, "SEQUIN_HOME": str(installation.home)},
+    )  # fmt: skip
+    assert done.returncode == 0 and "inserted order" in done.stdout, done.stderr
+    actions: list[str] = []
+    wait_until(lambda: actions.extend(take(installation)) or len(actions) >= 5, 20, "five changes")
+    assert sorted(actions) == ["delete", "insert", "insert", "update", "update"]
+
+
+def take(installation: Installation) -> list[str]:
+    messages = installation.receive(PULL, wait="1s")
+    if messages:
+        installation.ack(PULL, messages)
+    return [message["data"]["action"] for message in messages]
+
+
+def test_a_second_up_is_refused_at_once(installation: Installation) -> None:
+    second = subprocess.run(
+        [sys.executable, str(ROOT / "manage.py"), "up", "--port", "1"], capture_output=True, text=True, check=False, timeout=20,
+        env={**os.environ, "SEQUIN_HOME": str(installation.home)},
+    )  # fmt: skip
+    assert second.returncode == 2 and len(second.stderr.strip().splitlines()) == 1 and "SEQUIN_HOME" in second.stderr
+
+
+@pytest.mark.parametrize("victim", ["run_capture --reader", "run_capture", "run_workers --cluster", "run_workers", "run_web"])
+def test_what_is_killed_comes_back(installation: Installation, victim: str) -> None:
+    """SIGKILL of each process in turn: the next change arrives by pull and by push all the same."""
+    for pid in installation.pids(victim)[:1]:
+        os.kill(pid, signal.SIGKILL)
+    mark = f"after-{victim.replace(' ', '').replace('--', '-')}"
+    with installation.source() as source:
+        source.execute("INSERT INTO orders (customer_id, status) VALUES (2, %s)", [mark])
+
+    def received() -> bool:
+        try:
+            messages = installation.receive(PULL, wait="1s")
+        except OSError:
+            return False  # the web server is coming back
+        if messages:
+            installation.ack(PULL, messages)
+        return mark in str(messages)
+
+    wait_until(received, 20, f"{mark} by pull")
+    wait_until(lambda: web_answers(installation), 20, "web")
+    pushed(installation, mark)
+
+
+def web_answers(installation: Installation) -> bool:
+    try:
+        return installation.call("GET", "/health")[0] in (200, 503)
+    except OSError:
+        return False
+
+
+def test_ctrl_c_stops_everything_with_status_0_and_it_starts_again(installation: Installation) -> None:
+    assert installation.stop(signal.SIGINT) == 0
+    wait_until(lambda: not leftovers(installation.home), 10, "every process to be gone")
+    installation.start()
+    with installation.source() as source:
+        source.execute("INSERT INTO orders (customer_id, status) VALUES (2, 'after-restart')")
+    wait_until(lambda: "after-restart" in str(installation.receive(PULL, wait="1s")), 20, "a change after the restart")
+
+
+def test_a_killed_up_leaves_nothing_behind(installation: Installation) -> None:
+    assert installation.process is not None
+    installation.process.kill()
+    installation.process.wait(10)
+    wait_until(lambda: not leftovers(installation.home), 15, "every process to be gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SEQUIN_WORKERS", "many"), ("SEQUIN_RETENTION", "forever"), ("SEQUIN_ALLOWED_NETWORKS", "10.0.0.0/99"), ("DEBUG", "perhaps"),
+        ("DATABASE_URL", "mysql://localhost/x"), ("ENCRYPTION_KEYS", "short"), ("SEQUIN_LOG_FORMAT", "xml"), ("SEQUIN_MAX_WAITERS", "-1"),
+        ("SEQUIN_MIN_FREE_DISK", "a lot"), ("Q_BROKER_URL", "amqp://x"), ("SEQUIN_LOG_LEVEL", "loud"),
+    ],
+)  # fmt: skip
+def test_a_bad_setting_is_one_line_and_status_2(name: str, value: str, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("DATABASE_URL", "SECRET_KEY", "ENCRYPTION_KEYS")}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "manage.py"), "up"], capture_output=True, text=True, check=False, timeout=30,
+        env={**environment, "SEQUIN_HOME": str(tmp_path), name: value},
+    )  # fmt: skip
+    assert done.returncode == 2 and name in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
