@@ -29,6 +29,8 @@ SERVER_MAJOR = "18"
 UNPRIVILEGED_USERS = ("postgres", "nobody")
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 8
+PREDECESSOR_S = 15
+PASSING_TROUBLES = ("could not bind", "Address already in use", "already exists", "is still in use")
 SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
@@ -88,7 +90,8 @@ class EmbeddedPostgres:
         self._check_major()
         if not (self.data / "PG_VERSION").exists():
             self._initialise(binaries, user)
-        for _ in range(5):
+        deadline = time.monotonic() + PREDECESSOR_S
+        while True:
             port = self.port
             if not port or not _is_free(port):
                 port = _free_port()
@@ -97,8 +100,11 @@ class EmbeddedPostgres:
             if self._wait_until_ready(process):
                 self._process = process
                 return process
-            if "could not bind" not in self._log_tail() and "Address already in use" not in self._log_tail():
+            # A predecessor that was killed takes a moment to be gone; a port may be taken under our hands.
+            passing = any(text in self._log_tail() for text in PASSING_TROUBLES)
+            if not passing or time.monotonic() >= deadline:
                 break
+            time.sleep(0.2)
         raise ImproperlyConfigured(f"the embedded Postgres did not start; its log {self.log_file} ends: {self._log_tail()}")
 
     def stop(self) -> None:
