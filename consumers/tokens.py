@@ -15,6 +15,8 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from django.db.models.signals import pre_delete
+from django.dispatch import receiver
 from django.http import HttpRequest
 from django.utils import timezone
 from rest_framework.authentication import BaseAuthentication
@@ -86,6 +88,14 @@ def find_caller(plain: str) -> Caller | None:
         _used[caller.token_id] = now
         ApiToken.objects.filter(pk=caller.token_id).update(last_used_at=timezone.now())
     return caller
+
+
+@receiver(pre_delete, sender=Consumer)
+def revoke_orphans(sender: Any, instance: Consumer, **_: Any) -> None:
+    """Revoke the tokens that reach this consumer alone: with an empty list they would reach all."""
+    limited = ApiToken.objects.filter(consumers=instance, revoked_at=None)
+    alone = [token.pk for token in limited if token.consumers.count() == 1]
+    ApiToken.objects.filter(pk__in=alone).update(revoked_at=timezone.now())
 
 
 def forget() -> None:

@@ -9,6 +9,7 @@ class DeliveryConfig(AppConfig):
     name = "delivery"
 
     def ready(self) -> None:
+        from consumers import tokens  # noqa: F401  (connects its receiver)
         from delivery import checks  # noqa: F401  (registers them)
 
         if settings.IS_WEB:

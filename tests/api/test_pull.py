@@ -205,6 +205,15 @@ def test_what_is_not_there_and_what_is_not_yours_look_the_same(world: World) -> 
     assert limited.settle("ack", other.name, ["x"]).status == 404
 
 
+def test_a_token_for_one_consumer_does_not_outlive_it(world: World) -> None:
+    mine, other = world.consumer(), world.consumer("other")
+    limited, both = world.with_token("pull", [mine]), world.with_token("pull", [mine, other])
+    assert limited.receive(mine.name).status == 200
+    mine.delete()
+    until(lambda: limited.receive(other.name).status == 401, within_s=2)
+    assert both.receive(other.name).status == 200
+
+
 def test_a_push_consumer_is_not_found(world: World) -> None:
     endpoint = HttpEndpoint.objects.create(name=f"hook-{world.mark}", url="https://example.com/")
     pushed = world.consumer("pushed", kind="push", endpoint=endpoint)
@@ -219,6 +228,11 @@ def test_a_renamed_consumer_is_found_under_its_new_name(world: World) -> None:
     consumer.save()
     until(lambda: world.client.receive(old).status == 404, within_s=2)
     assert world.client.receive(consumer.name).status == 200
+
+
+def test_the_answer_is_json_whatever_the_client_accepts(world: World) -> None:
+    path = f"/api/http_pull_consumers/{world.consumer().name}/receive?format=xml"
+    assert world.client.call("GET", path, Accept="text/xml").body == {"data": []}
 
 
 def test_another_method_is_405_and_another_path_404(world: World) -> None:
