@@ -64,12 +64,15 @@ class ReplicationStream:
     def batches(self, limit: int, wait_s: float) -> Iterator[list[bytes]]:
         """Yield what has arrived, up to `limit` messages at a time; an empty list after `wait_s` without any.
 
+        Keepalives alone do not keep it from yielding: the caller has clocks of its own to look at.
+
         Raises StreamEnded.
         """
         conn = self._conn
         get = conn.get_copy_data
         while True:
             batch: list[bytes] = []
+            deadline = time.monotonic() + wait_s  # also when keepalives come all the time
             while len(batch) < limit:
                 count, data = get(1)
                 if count > 0:
@@ -82,8 +85,10 @@ class ReplicationStream:
                         # Take along what has arrived meanwhile, but never wait for more.
                         if not self._poll.poll(0):
                             break
-                    elif not self._poll.poll(int(wait_s * 1000)):
-                        break
+                    else:
+                        left = deadline - time.monotonic()
+                        if left <= 0 or not self._poll.poll(int(left * 1000) + 1):
+                            break
                     self._consume()
                 else:
                     result = conn.get_result()
