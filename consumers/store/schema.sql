@@ -418,6 +418,7 @@ declare
     w_grps       bigint[];
     w_grp2s      bigint[];
     w_last       bigint;
+    w_stop       bigint;
     w_count      integer;
     w_two        boolean;
     b_ids        bigint[];   -- blocked: parked behind their groups
@@ -556,6 +557,7 @@ begin
               ) x;
             v_scanned := v_scanned + w_count;
             v_end := w_count < v_window;
+            w_stop := w_last;
             if w_ids is not null then
                 if not coalesce(w_two, false) and v_out = '{}' and v_per_group is null
                    and v_pos.parked_count + v_parked = 0 and cardinality(w_ids) <= v_room then
@@ -665,6 +667,7 @@ begin
                 end if;
             end if;
             v_position := coalesce(w_last, v_position);
+            v_end := v_end and w_last is not distinct from w_stop;
             exit when v_room <= 0 or v_end or v_scanned >= p_scan
                    or v_pos.parked_count + v_parked >= v_max_parked;
             v_window := least(v_window * 4, 5000);

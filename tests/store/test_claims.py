@@ -94,6 +94,14 @@ def test_a_group_that_is_out_is_not_overtaken(log: Log) -> None:
     assert keys(take(consumer)) == ['["1"]']
 
 
+def test_at_end_is_said_only_when_nothing_is_left(log: Log) -> None:
+    consumer = log.consumer()
+    log.append(log.row(1), log.row(2), log.row(3))
+    assert [take(consumer, 1).at_end for _ in range(2)] == [False, False]
+    take(consumer, 1)
+    assert take(consumer, 1).at_end
+
+
 def test_max_per_group_holds_the_rest_back(log: Log) -> None:
     consumer = log.consumer(max_per_group=1)
     log.append(log.row(1), log.row(1), log.row(2))
