@@ -1,0 +1,71 @@
+"""Text values as JSON, and what of a row is key, change, unknown."""
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capture.encoder import ArrayOf, RowEncoder, converter_of, text_to_json
+from capture.pgoutput import UNCHANGED
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        ("number", "154.970", "154.970"), ("number", "NaN", '"NaN"'), ("number", "-Infinity", '"-Infinity"'),
+        ("number", "1e+20", "1e+20"), ("bool", "t", "true"), ("bool", "f", "false"), ("json", '{"a":"\\u0000"}', '{"a":"\\u0000"}'),
+        ("timestamptz", "2026-11-23 10:00:00.1+00", '"2026-11-23T10:00:00.1+00:00"'), ("timestamptz", "infinity", '"infinity"'),
+        ("timestamptz", "0044-03-15 00:00:00+00 BC", '"0044-03-15T00:00:00+00:00 BC"'), ("timestamp", "-infinity", '"-infinity"'),
+        ("timestamp", "12026-11-23 10:00:00", '"12026-11-23T10:00:00"'), ("text", 'a"\\\n\x01é', '"a\\"\\\\\\n\\u0001é"'),
+        ("int_vector", "1 2", "[1,2]"),
+        (ArrayOf("number"), "{1,NULL,3}", "[1,null,3]"), (ArrayOf("number"), "{{1,2},{3,4}}", "[[1,2],[3,4]]"),
+        (ArrayOf("number"), "[0:1]={5,6}", "[5,6]"), (ArrayOf("text"), "{}", "[]"),
+        (ArrayOf("text"), '{a,"b,c","NULL",NULL,"d\\"e\\\\"}', '["a","b,c","NULL",null,"d\\"e\\\\"]'),
+        (ArrayOf("text", ";"), "{(1,1),(0,0);(2,2),(1,1)}", '["(1,1),(0,0)","(2,2),(1,1)"]'),
+    ],
+)  # fmt: skip
+def test_values(kind: object, text: str, expected: str) -> None:
+    assert converter_of(kind)(text.encode()).decode() == expected  # type: ignore[arg-type]
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+def test_any_text_is_one_json_string(text: str) -> None:
+    assert json.loads(text_to_json(text.encode())) == text
+
+
+def encoder(*, full: bool = False, key: tuple[str, ...] = ("id",)) -> RowEncoder:
+    names = ["id", "name", "big"]
+    return RowEncoder(names, ["number", "text", "text"], key, [full or name in key for name in names])
+
+
+def test_an_insert() -> None:
+    row = encoder().insert([b"1", None, b"x"])
+    assert (row.record, row.changes, row.key, row.old_key) == (b'{"id":1,"name":null,"big":"x"}', None, b'["1"]', None)
+
+
+def test_an_update_without_old_values_says_so() -> None:
+    row = encoder().update("", [], [b"1", b"b", UNCHANGED])
+    assert (row.record, row.changes, row.unchanged) == (b'{"id":1,"name":"b"}', b"{}", b'["big"]')
+    assert not row.old_values_known and row.old_key is None
+
+
+def test_an_update_under_full_has_the_old_values_and_the_unchanged_one() -> None:
+    row = encoder(full=True).update("O", [b"1", b"a", b"long"], [b"1", b"b", UNCHANGED])
+    assert (row.record, row.changes, row.unchanged) == (b'{"id":1,"name":"b","big":"long"}', b'{"name":"a"}', None)
+    assert row.old_values_known and row.old_key is None
+
+
+def test_an_update_of_the_key_has_both_keys() -> None:
+    row = encoder().update("K", [b"1", None, None], [b"2", b"a", b"x"])
+    assert (row.key, row.old_key, row.changes, row.old_values_known) == (b'["2"]', b'["1"]', b'{"id":1}', False)
+
+
+def test_a_delete_has_the_key_or_the_row() -> None:
+    assert encoder().delete("K", [b"1", None, None]).record == b'{"id":1}'
+    assert encoder(full=True).delete("O", [b"1", b"a", None]).record == b'{"id":1,"name":"a","big":null}'
+
+
+def test_a_table_without_a_key() -> None:
+    assert encoder(full=True, key=()).insert([b"1", b"a", b"b"]).key == b"[]"
