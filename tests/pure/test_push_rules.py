@@ -1,0 +1,152 @@
+"""Retry times, signatures, addresses, and what a lane sends next."""
+from __future__ import annotations
+
+import ipaddress
+import time
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from standardwebhooks import Webhook
+
+from consumers.models import new_signing_secret
+from consumers.store.types import ClaimedMessage
+from delivery.push import retry, signing
+from delivery.push.addresses import is_allowed
+from delivery.push.lane import InHand, Lane, Target
+
+LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, 1000), (2, 2000), (3, 4000), (10, 512_000), (11, 600_000), (10_000, 600_000)])
+def test_delays_double_up_to_ten_minutes(count: int, expected: int) -> None:
+    assert retry.delay_ms(count, 0) == expected
+    assert retry.delay_ms(count, -1) == int(expected * 0.85) and retry.delay_ms(count, 1) == int(expected * 1.15)
+
+
+@pytest.mark.parametrize(
+    ("status", "header", "expected"),
+    [
+        (429, "5", 5), (503, "0", 1), (429, "999999", 3600), (500, "5", None), (429, None, None), (429, "soon", None),
+        (503, "Thu, 01 Jan 1970 00:01:00 GMT", 60), (503, "-5", None), (429, "\u0665", None),
+    ],
+)  # fmt: skip
+def test_retry_after(status: int, header: str | None, expected: float | None) -> None:
+    assert retry.retry_after_s(status, header, now_s=0.0) == expected
+
+
+def test_the_breaker_opens_after_failures_in_a_row() -> None:
+    assert [retry.hold_s(n) for n in (1, 4, 5, 6, 100)] == [0, 0, 0.5, 1, 30]
+
+
+def test_standard_webhooks_verifies_both_secrets_of_a_rotation() -> None:
+    old, new = new_signing_secret(), new_signing_secret()
+    body, now = b'{"record":{"id":1}}', int(time.time())
+    headers = {"webhook-id": "an id", "webhook-timestamp": str(now)}
+    headers["webhook-signature"] = signing.signature(f"{new} {old}", "an id", now, body)
+    for secret in (old, new):
+        assert Webhook(secret).verify(body, headers) == {"record": {"id": 1}}
+
+
+REFUSED = [
+    "127.0.0.1", "127.8.8.8", "0.0.0.0", "0.1.2.3", "10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "169.254.169.254",
+    "100.64.0.1", "192.0.0.1", "192.0.2.1", "198.18.0.1", "198.51.100.1", "203.0.113.1", "224.0.0.1", "240.0.0.1", "255.255.255.255",
+    "192.88.99.1", "::", "::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::127.0.0.1", "::8.8.8.8", "fe80::1", "fe80::1%eth0", "fc00::1", "fd00::1",
+    "fec0::1", "ff02::1", "100::1", "2001:db8::1", "2001::1", "2002:7f00:1::", "2002:a00:1::", "2002:808:808::", "64:ff9b::7f00:1",
+    "64:ff9b::a00:1", "64:ff9b::808:808", "64:ff9b:1::1", "3fff::1", "5f00::1", "not an address", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", REFUSED)
+def test_addresses_that_are_not_public_are_refused(address: str) -> None:
+    assert not is_allowed(address, ())
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "93.184.216.34", "2606:4700:4700::1111", "::ffff:8.8.8.8"])
+def test_public_addresses_are_allowed(address: str) -> None:
+    assert is_allowed(address, ())
+
+
+def test_an_allowed_network_is_allowed_in_its_mapped_form_too() -> None:
+    assert is_allowed("127.0.0.1", LOOPBACK) and is_allowed("::ffff:127.0.0.1", LOOPBACK)
+    assert not is_allowed("10.0.0.1", LOOPBACK) and not is_allowed("::1", LOOPBACK)
+
+
+def lane(batch_size: int = 1, concurrency: int = 10) -> Lane:
+    target = Target(
+        uuid4(), "c", uuid4(), (), batch_size, concurrency, uuid4(), "http://localhost/", {}, new_signing_secret(), 1.0, ""
+    )
+    made = Lane(target)
+    made.window = concurrency
+    return made
+
+
+TOKEN = uuid4()
+
+
+def held(number: int, group: int, *, group2: int | None = None, max_batch: int | None = None, token: UUID = TOKEN) -> InHand:
+    fields: dict[str, Any] = dict.fromkeys(ClaimedMessage._fields)
+    return InHand(token, ClaimedMessage(**{**fields, "id": number, "group": group, "group2": group2, "max_batch": max_batch}))
+
+
+def ids(batch: list[InHand]) -> list[int]:
+    return [item.message.id for item in batch]
+
+
+def send(one: Lane, number: int) -> list[int]:
+    batch = one.next_batch()
+    if batch:
+        one.depart(number, batch)
+    return ids(batch)
+
+
+def test_one_group_is_sent_one_after_another() -> None:
+    one = lane()
+    one.pending = [held(1, 7), held(2, 7), held(3, 8)]
+    assert [send(one, 1), send(one, 2), send(one, 3)] == [[1], [3], []]
+    one.arrive(1)
+    assert send(one, 4) == [2]
+
+
+def test_a_message_of_two_groups_waits_for_both() -> None:
+    one = lane()
+    one.pending = [held(1, 7), held(2, 8, group2=7), held(3, 8)]
+    assert [send(one, 1), send(one, 2)] == [[1], []]
+    one.arrive(1)
+    assert [send(one, 3), send(one, 4)] == [[2], []]
+
+
+def test_a_batch_keeps_a_group_together_and_in_order() -> None:
+    one = lane(batch_size=10)
+    one.pending = [held(1, 7), held(2, 8), held(3, 7)]
+    assert send(one, 1) == [1, 2, 3]
+
+
+def test_a_failed_batch_is_sent_in_smaller_ones() -> None:
+    one = lane(batch_size=10)
+    one.pending = [held(1, 7, max_batch=2), held(2, 8, max_batch=2), held(3, 9, max_batch=2), held(4, 10)]
+    assert [send(one, 1), send(one, 2)] == [[1, 2], [3, 4]]
+
+
+def test_a_failure_takes_back_what_follows_in_its_group() -> None:
+    one = lane()
+    one.pending = [held(2, 7), held(3, 8, group2=7), held(4, 8), held(5, 9)]
+    one.drop_behind([held(1, 7)])
+    assert ids(one.pending) == [5]
+
+
+def test_a_lost_lease_frees_its_groups() -> None:
+    one = lane()
+    one.pending = [held(1, 7)]
+    send(one, 1)
+    one.forget_tokens({TOKEN})
+    assert one.arrive(1) == [] and one.busy == {}
+
+
+def test_an_open_breaker_lets_one_probe_through() -> None:
+    one = lane(batch_size=1)
+    for _ in range(retry.FAILURES_TO_OPEN):
+        one.failed(now=0.0)
+    assert one.room() == 1 and one.window == 1 and one.hold_until > 0
+    one.succeeded()
+    assert one.room() > 1
