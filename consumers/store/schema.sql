@@ -268,7 +268,7 @@ begin
 end $$;
 
 -- Give messages of one token back: those in p_ids because they failed, and with them the later ones of their groups.
--- A message past p_max_deliver becomes a dead letter and holds nothing back. The caller holds the position's row,
+-- A message past p_max_deliver becomes a dead letter, which blocks nothing. The caller holds the position's row,
 -- and afterwards promotes `groups` and adds the counts to it.
 create function sequin_give_back(
     p_consumer uuid, p_source uuid, p_token uuid, p_max_deliver integer, p_late_ack_counts boolean,
@@ -304,6 +304,8 @@ begin
                 dead := dead + 1;
             else
                 parked := parked + 1;
+            end if;
+            if v_dead is not true or not p_followers_were_sent then
                 v_held := v_held || m.grp || coalesce(array[m.grp2], '{}');
             end if;
         elsif m.grp = any (v_held) or m.grp2 = any (v_held) then

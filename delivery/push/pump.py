@@ -38,6 +38,7 @@ TICK_S = 0.25
 RENEW_TURNS_S = 1.0
 RENEW_LEASES_S = 4.0
 SWEEP_S = 1.0
+LAST_ANSWERS_S = 2.0
 ATTEMPTS_A_ROUND = 200  # successes kept of one round, for people
 CHANNELS = ("sequin_log", "sequin_consumer", "sequin_config", "sequin_stop")
 
@@ -294,7 +295,11 @@ class Pump:
     def _finish(self) -> None:
         """Leave nothing behind: what was not sent, or not answered, goes back."""
         try:
+            # What is in flight may be answered in a moment; given back, it would be sent twice.
+            deadline = time.monotonic() + LAST_ANSWERS_S
             self._take_in(0.0)
+            while not self._transport_is_idle() and (left := deadline - time.monotonic()) > 0:
+                self._take_in(min(left, TICK_S))
             for consumer_id in list(self._lanes):
                 self._let_go(consumer_id)
             turns.release(self.holder)

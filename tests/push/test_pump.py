@@ -1,0 +1,284 @@
+"""A pump on real sockets and the real store."""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from django.db import connection
+from standardwebhooks import Webhook
+
+from consumers import changes
+from consumers.models import Consumer, HttpEndpoint
+from consumers.store import lifecycle
+from delivery.push.pump import Pump
+from tests.conftest import wait_until
+from tests.push.endpoint import Endpoint, Got, status
+from tests.store.test_claims import Log
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    made = Log()
+    yield made
+    made.appender.close()
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Callable[..., Endpoint]]:
+    made: list[Endpoint] = []
+
+    def make(*arguments: Any) -> Endpoint:
+        made.append(Endpoint(*arguments))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def pump() -> Iterator[Callable[[], Pump]]:
+    """Start pumps in threads; they are stopped, and their database connections closed, at the end."""
+    running: list[tuple[Pump, threading.Thread]] = []
+
+    def start() -> Pump:
+        made = Pump()
+
+        def run() -> None:
+            try:
+                made.run(60)
+            finally:
+                connection.close()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        running.append((made, thread))
+        return made
+
+    yield start
+    for made, _ in running:
+        made._stopped = True
+    for _, thread in running:
+        thread.join(15)
+        assert not thread.is_alive()
+
+
+def push_to(log: Log, where: Endpoint, *, timeout_ms: int = 5000, headers: Any = None, secret_headers: Any = None, **fields: Any) -> UUID:
+    target = HttpEndpoint(
+        name=f"e-{uuid4().hex[:6]}", url=where.url, timeout_ms=timeout_ms, headers=headers or {}, secret_headers=secret_headers or {}
+    )
+    changes.save(target)
+    consumer = Consumer.objects.create(name=f"p-{uuid4().hex[:6]}", source=log.source, kind="push", endpoint=target, **fields)
+    lifecycle.create_position(consumer.pk, log.source.pk, 0)
+    return consumer.pk
+
+
+def delivered(consumer: UUID, count: int, timeout: float = 20) -> None:
+    def acked() -> bool:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT acked_count FROM consumer_position WHERE consumer = %s", [consumer])
+            return bool(cursor.fetchone()[0] >= count)
+
+    wait_until(acked, timeout, f"{count} messages delivered")
+
+
+def parked(consumer: UUID) -> list[tuple[Any, ...]]:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT reason, last_error, last_status, deliver_count FROM parked WHERE consumer = %s ORDER BY first_id", [consumer])
+        return cursor.fetchall()
+
+
+def test_a_message_is_one_signed_post(log: Log, endpoint: Any, pump: Any) -> None:
+    where = endpoint()
+    consumer = push_to(log, where, headers={"x-team": "shop"}, secret_headers={"authorization": "Bearer s3cret"}, path="/hook?a=b")
+    log.append(log.row(1))
+    pump()
+    delivered(consumer, 1)
+    (got,) = where.got
+    secret = Consumer.objects.get(pk=consumer).endpoint.signing_secret  # type: ignore[union-attr]
+    assert Webhook(secret).verify(got.body, got.headers)["record"]["id"] == 1
+    assert got.path == "/hook?a=b" and got.headers["content-type"] == "application/json"
+    assert (got.headers["x-team"], got.headers["authorization"]) == ("shop", "Bearer s3cret")
+    assert got.headers["webhook-id"] == got.json["metadata"]["idempotency_key"]
+
+
+def test_batches_are_one_array(log: Log, endpoint: Any, pump: Any) -> None:
+    where = endpoint()
+    consumer = push_to(log, where, batch_size=10)
+    log.append(*[log.row(key) for key in range(25)])
+    pump()
+    delivered(consumer, 25)
+    assert where.ids == list(range(25)) and max(len(got.ids) for got in where.got) == 10
+
+
+def test_a_group_arrives_in_order_and_a_failing_one_holds_up_only_itself(log: Log, endpoint: Any, pump: Any) -> None:
+    def answer(got: Got, handler: Any) -> None:
+        failing = got.ids == [1] and len([g for g in where.got if g.ids == [1]]) == 1
+        status(500 if failing else 200)(got, handler)
+
+    where = endpoint(answer)
+    consumer = push_to(log, where)
+    log.append(log.row(1), log.row(2), log.row(1), log.row(3))
+    pump()
+    delivered(consumer, 4)
+    ones = [got.json["record"]["n"] for got in where.got if got.ids == [1]]
+    assert ones == [1010, 1010, 1030], "the failed one again, and only then the next of its group"
+    assert [got.ids[0] for got in where.got][:3] == [1, 2, 3]
+
+
+def test_retry_after_holds_the_endpoint(log: Log, endpoint: Any, pump: Any) -> None:
+    where = endpoint()
+    where.answer = status(429, Retry_After="2")
+    consumer = push_to(log, where)
+    log.append(log.row(1))
+    pump()
+    wait_until(lambda: parked(consumer), 10, "the failure")
+    where.answer = status(200)
+    log.append(log.row(2))
+    delivered(consumer, 2)
+    assert len([got for got in where.got if got.ids == [1]]) == 2
+    assert [ok for ok, in attempts(consumer)].count(False) == 1
+
+
+def attempts(consumer: UUID) -> list[tuple[Any, ...]]:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT ok FROM attempts WHERE consumer = %s ORDER BY id", [consumer])
+        return cursor.fetchall()
+
+
+def test_410_pauses_the_consumer(log: Log, endpoint: Any, pump: Any) -> None:
+    where = endpoint(status(410))
+    consumer = push_to(log, where)
+    log.append(log.row(1))
+    pump()
+    wait_until(lambda: Consumer.objects.get(pk=consumer).status == "paused", 10, "the pause")
+    assert parked(consumer)[0][2] == 410
+
+
+def test_a_redirect_is_a_failure_that_says_so(log: Log, endpoint: Any, pump: Any) -> None:
+    elsewhere = endpoint()
+    where = endpoint(status(302, Location=elsewhere.url))
+    consumer = push_to(log, where)
+    log.append(log.row(1))
+    pump()
+    wait_until(lambda: parked(consumer), 10, "the failure")
+    assert "redirects are not followed" in parked(consumer)[0][1] and elsewhere.got == []
+
+
+def test_an_answer_that_breaks_after_its_headers_counts(log: Log, endpoint: Any, pump: Any) -> None:
+    where = endpoint()
+    where.answer = where.break_off
+    consumer = push_to(log, where)
+    log.append(log.row(1))
+    pump()
+    delivered(consumer, 1)
+    assert len(where.got) == 1
+
+
+@pytest.mark.parametrize("manner", ["hang", "drip"])
+def test_an_endpoint_that_never_answers_is_a_timeout(log: Log, endpoint: Any, pump: Any, manner: str) -> None:
+    where = endpoint()
+    where.answer = getattr(where, manner)
+    consumer = push_to(log, where, timeout_ms=500)
+    log.append(log.row(1))
+    pump()
+    wait_until(lambda: parked(consumer), 10, "the timeout")
+    assert "within 0.5 s" in parked(consumer)[0][1]
+
+
+def test_a_poison_message_is_found_by_smaller_batches(log: Log, endpoint: Any, pump: Any) -> None:
+    where = endpoint(lambda got, handler: status(500 if 5 in got.ids else 200)(got, handler))
+    consumer = push_to(log, where, batch_size=8, max_deliver=12)
+    log.append(*[log.row(key) for key in range(8)])
+    pump()
+    delivered(consumer, 7, timeout=60)
+    assert [row[0] for row in parked(consumer)] in (["retry"], ["dead"])
+    assert sorted(set(where.ids)) == list(range(8))
+
+
+def test_past_max_deliver_it_is_a_dead_letter_and_the_group_goes_on(log: Log, endpoint: Any, pump: Any) -> None:
+    where = endpoint(lambda got, handler: status(500 if got.json["record"]["n"] == 1010 else 200)(got, handler))
+    consumer = push_to(log, where, max_deliver=2)
+    log.append(log.row(1), log.row(1))
+    pump()
+    delivered(consumer, 1)
+    assert parked(consumer) == [("dead", "answered 500", 500, 2)]
+
+
+def test_a_private_address_is_never_dialled(log: Log, endpoint: Any, pump: Any, settings: Any, monkeypatch: Any) -> None:
+    import socket as sockets
+
+    dialled: list[Any] = []
+    connect = sockets.socket.connect
+    monkeypatch.setattr(sockets.socket, "connect", lambda self, address: dialled.append(address) or connect(self, address))
+    settings.SEQUIN_ALLOWED_NETWORKS = []
+    where = endpoint()
+    consumer = push_to(log, where)
+    log.append(log.row(1))
+    pump()
+    wait_until(lambda: parked(consumer), 10, "the refusal")
+    assert "not a public address" in parked(consumer)[0][1] and where.got == []
+    assert ("127.0.0.1", where.server.server_address[1]) not in dialled
+
+
+def test_hanging_endpoints_do_not_slow_the_others(log: Log, endpoint: Any, pump: Any) -> None:
+    """10 consumers, 3 of them hanging, 2 pumps: the other 7 get everything long before a hanging one times out."""
+    wheres = [endpoint() for _ in range(10)]
+    for where in wheres[:3]:
+        where.answer = where.hang
+    consumers = [push_to(log, where, timeout_ms=60_000) for where in wheres]
+    pump()
+    pump()
+    log.append(*[log.row(key) for key in range(50)])
+    for consumer in consumers[3:]:
+        delivered(consumer, 50, timeout=30)
+    assert all(sorted(where.ids) == list(range(50)) for where in wheres[3:])
+    for where in wheres:
+        where.closing.set()
+
+
+def test_an_edited_endpoint_gets_what_is_not_sent_yet(log: Log, endpoint: Any, pump: Any) -> None:
+    broken, mended = endpoint(status(500)), endpoint()
+    consumer = push_to(log, broken)
+    log.append(log.row(1))
+    pump()
+    wait_until(lambda: parked(consumer), 10, "the failure")
+    target = Consumer.objects.get(pk=consumer).endpoint
+    assert target is not None
+    target.url = mended.url
+    changes.save(target)
+    delivered(consumer, 1)
+    assert mended.ids == [1]
+
+
+def test_a_stopped_pump_gives_back_what_it_has(log: Log, endpoint: Any, pump: Any) -> None:
+    where = endpoint()
+    where.answer = where.hang
+    consumer = push_to(log, where, timeout_ms=60_000)
+    log.append(log.row(1), log.row(2))
+    first = pump()
+    wait_until(lambda: where.got, 10, "the request")
+    first._stopped = True
+    second = endpoint()
+    HttpEndpoint.objects.update(url=second.url)
+    wait_until(lambda: lifecycle.backlog(consumer).out == 0, 15, "the messages to be given back")
+    pump()
+    delivered(consumer, 2)
+    assert sorted(second.ids) == [1, 2]
+    where.closing.set()
+
+
+def test_resuming_delivers_what_was_collected(log: Log, endpoint: Any, pump: Any) -> None:
+    where = endpoint()
+    consumer = push_to(log, where, status="paused")
+    log.append(log.row(1))
+    pump()
+    configured = Consumer.objects.get(pk=consumer)
+    configured.status = "active"
+    changes.save(configured)
+    delivered(consumer, 1)
