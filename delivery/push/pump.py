@@ -39,6 +39,10 @@ RENEW_TURNS_S = 1.0
 RENEW_LEASES_S = 4.0
 SWEEP_S = 1.0
 LAST_ANSWERS_S = 2.0
+ACKS_EVERY_S = 0.003
+ACKS_AT_ONCE = 200
+SMALLEST_CLAIM = 50  # messages under one lease, when batches are smaller
+ATTEMPTS_EVERY_S = 0.25
 ATTEMPTS_A_ROUND = 200  # successes kept of one round, for people
 CHANNELS = ("sequin_log", "sequin_consumer", "sequin_config", "sequin_stop")
 
@@ -66,8 +70,11 @@ class Pump:
         self._transport = Transport(self._events, settings.SEQUIN_ALLOWED_NETWORKS)
         self._lanes: dict[UUID, Lane] = {}
         self._endpoint_hold: dict[UUID, float] = {}
+        self._acks: dict[UUID, list[tuple[UUID, int]]] = defaultdict(list)
+        self._gathered = 0
+        self._attempts: list[Attempt] = []
         self._number = 0
-        self._renewed_at = self._leases_at = self._swept_at = 0.0
+        self._renewed_at = self._leases_at = self._swept_at = self._attempts_at = 0.0
         self._stored: dict[UUID, int] = {}
         self._listening = threading.Event()
 
@@ -94,11 +101,15 @@ class Pump:
         if now - self._swept_at >= SWEEP_S:
             self._swept_at = now
             self._sweep()
-        worked = False
+        if now - self._attempts_at >= ATTEMPTS_EVERY_S:
+            self._attempts_at = now
+            self._record()
         for lane in list(self._lanes.values()):
-            worked = self._fill(lane, now) or worked
+            self._fill(lane, now)
             self._send(lane, now)
-        self._take_in(0.0 if worked else TICK_S)
+        # Acks are gathered while answers keep coming in, and written before anybody waits.
+        if not self._take_in(ACKS_EVERY_S if self._acks else TICK_S) or self._gathered >= ACKS_AT_ONCE:
+            self._acknowledge()
 
     # Turns and leases ---------------------------------------------------------------------------------------------
 
@@ -123,7 +134,8 @@ class Pump:
             self._lanes.update({target.consumer_id: Lane(target) for target in _load_targets(missing)})
 
     def _let_go(self, consumer_id: UUID) -> None:
-        """The turn is gone, or goes: what is not sent yet goes back; what is in flight is settled if it still counts."""
+        """The turn is gone, or goes: what is not answered yet goes back."""
+        self._acknowledge()
         lane = self._lanes.pop(consumer_id, None)
         if lane is not None:
             receipts = [(item.token, item.message.id) for item in lane.items()]
@@ -140,23 +152,29 @@ class Pump:
 
     # Claiming and sending -------------------------------------------------------------------------------------------
 
-    def _fill(self, lane: Lane, now: float) -> bool:
-        """Claim when there is room and reason; true when something came."""
+    def _fill(self, lane: Lane, now: float) -> None:
+        """Claim when there is room and reason: a lease for each batch, so that its ack settles a whole lease."""
         hold = max(lane.hold_until, self._endpoint_hold.get(lane.target.endpoint_id, 0.0))
         due = lane.hungry or (lane.look_at and now >= lane.look_at)
         room = lane.room()
         if not due or room <= 0 or now < hold:
-            return False
-        claim = claims.claim(lane.target.consumer_id, room, lease_ms=lane.target.lease_ms, holder=self.holder)
+            return
         lane.look_at = 0.0
-        if claim.token is None:
-            lane.hungry = not claim.at_end
-            if claim.next_due_ms is not None:
-                lane.look_at = now + claim.next_due_ms / 1000 + 0.005
-            return False
-        lane.hungry = True
-        lane.pending.extend(InHand(claim.token, message) for message in claim.messages)
-        return True
+        # First what is done: a group that counts as out would be parked behind itself.
+        self._acknowledge()
+        size = max(lane.target.batch_size, min(room, SMALLEST_CLAIM))
+        while room > 0:
+            claim = claims.claim(lane.target.consumer_id, min(size, room), lease_ms=lane.target.lease_ms, holder=self.holder)
+            if claim.token is None:
+                lane.hungry = not claim.at_end
+                if claim.next_due_ms is not None:
+                    lane.look_at = now + claim.next_due_ms / 1000 + 0.005
+                return
+            lane.hungry = True
+            lane.pending.extend(InHand(claim.token, message) for message in claim.messages)
+            room -= len(claim.messages)
+            if claim.at_end:
+                return
 
     def _send(self, lane: Lane, now: float) -> None:
         if now < self._endpoint_hold.get(lane.target.endpoint_id, 0.0):
@@ -168,13 +186,15 @@ class Pump:
 
     # What happened ----------------------------------------------------------------------------------------------------
 
-    def _take_in(self, wait_s: float) -> None:
-        """Wait for something to happen, then take in all of it."""
+    def _take_in(self, wait_s: float) -> bool:
+        """Wait for something to happen, then take in all of it; false when nothing has."""
         outcomes: list[Outcome] = []
+        happened = False
         if self._transport_is_idle() and wait_s:
             wait_s = self._until_due(wait_s)
         try:
             event = self._events.get(timeout=wait_s) if wait_s else self._events.get_nowait()
+            happened = True
             while True:
                 if isinstance(event, Outcome):
                     outcomes.append(event)
@@ -185,6 +205,7 @@ class Pump:
             pass
         if outcomes:
             self._settle(outcomes)
+        return happened
 
     def _transport_is_idle(self) -> bool:
         return not any(lane.flights for lane in self._lanes.values())
@@ -195,8 +216,6 @@ class Pump:
         return min([longest, *(max(0.001, wait) for wait in due)])
 
     def _settle(self, outcomes: list[Outcome]) -> None:
-        acks: dict[UUID, list[tuple[UUID, int]]] = defaultdict(list)
-        attempts: list[Attempt] = []
         now = time.monotonic()
         for outcome in outcomes:
             lane = self._lanes.get(outcome.tag.consumer_id)
@@ -206,13 +225,21 @@ class Pump:
             lane.hungry = True
             if outcome.ok:
                 lane.succeeded()
-                acks[outcome.tag.consumer_id].extend((item.token, item.message.id) for item in batch)
+                self._acks[outcome.tag.consumer_id].extend((item.token, item.message.id) for item in batch)
+                self._gathered += len(batch)
             else:
                 self._failed(lane, batch, outcome, now)
-            if not outcome.ok or len(attempts) < ATTEMPTS_A_ROUND:
-                attempts.extend(_attempts(lane.target, batch, outcome))
+            if not outcome.ok or len(self._attempts) < ATTEMPTS_A_ROUND:
+                self._attempts.extend(_attempts(lane.target, batch, outcome))
+
+    def _acknowledge(self) -> None:
+        """Write the acks gathered so far."""
+        acks, self._acks, self._gathered = self._acks, defaultdict(list), 0
         for consumer_id, receipts in acks.items():
             claims.ack(consumer_id, receipts)
+
+    def _record(self) -> None:
+        attempts, self._attempts = self._attempts, []
         lifecycle.record_attempts(attempts)
 
     def _failed(self, lane: Lane, batch: list[InHand], outcome: Outcome, now: float) -> None:
@@ -300,6 +327,8 @@ class Pump:
             self._take_in(0.0)
             while not self._transport_is_idle() and (left := deadline - time.monotonic()) > 0:
                 self._take_in(min(left, TICK_S))
+            self._acknowledge()
+            self._record()
             for consumer_id in list(self._lanes):
                 self._let_go(consumer_id)
             turns.release(self.holder)
