@@ -5,8 +5,9 @@ body and a pull's `data`.
 """
 from __future__ import annotations
 
-import base64
+import binascii
 import json
+from functools import lru_cache
 from typing import Protocol
 from uuid import UUID
 
@@ -46,8 +47,8 @@ class StoredMessage(Protocol):
 
 def idempotency_key(message: StoredMessage) -> str:
     """The same for every delivery of one change, for ever: base64 of `source id.epoch:commit_lsn:commit_idx`."""
-    text = f"{message.source_id}.{message.epoch}:{message.commit_lsn}:{message.commit_idx}"
-    return base64.b64encode(text.encode()).decode()
+    text = f"{_uuid(message.source_id)}.{message.epoch}:{message.commit_lsn}:{message.commit_idx}"
+    return binascii.b2a_base64(text.encode(), newline=False).decode()
 
 
 def addressing(*, consumer_id: UUID, consumer_name: str, source_id: UUID, source_name: str, database: str) -> str:
@@ -84,5 +85,11 @@ def render_with(message: StoredMessage, tail: str) -> bytes:
     ).encode()
 
 
+@lru_cache(maxsize=4096)
+def _uuid(value: UUID) -> str:
+    return str(value)
+
+
+@lru_cache(maxsize=4096)  # names of tables: a few, again and again
 def _text(value: str) -> str:
     return json.dumps(value, ensure_ascii=False)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from uuid import UUID
 
+import psycopg
 from django.db import connection
 
 from consumers.store.types import ACTIONS, Claim, ClaimedMessage, Failure, Settled
@@ -124,7 +125,11 @@ def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[list[Any]]:
 
 
 def _fetch(query: str, parameters: list[Any]) -> list[tuple[Any, ...]]:
-    with connection.cursor() as cursor:
+    """Through Django's connection, but prepared on the server: the hot calls would else be parsed each time."""
+    connection.ensure_connection()
+    raw: psycopg.Connection[Any] = connection.connection
+    raw.prepare_threshold = 0
+    with connection.wrap_database_errors, psycopg.Cursor(raw) as cursor:
         cursor.execute(query, parameters)
         return cursor.fetchall()
 
