@@ -21,7 +21,10 @@ os.environ["SEQUIN_HOME"] = str(_home)
 os.environ["SEQUIN_ALLOWED_NETWORKS"] = "127.0.0.0/8,::1/128"
 os.environ["SEQUIN_WORKERS"] = "2"
 
-FAST = {"fsync": "off", "full_page_writes": "off", "max_replication_slots": "60", "max_wal_senders": "60", "max_connections": "300"}
+# Benchmarks ask for a server that waits for its disk, as a real one does.
+_durable = os.environ.get("SEQUIN_TEST_DURABLE") == "1"
+FAST = {} if _durable else {"fsync": "off", "full_page_writes": "off"}
+ROOM = {"max_replication_slots": "60", "max_wal_senders": "60", "max_connections": "300"}
 
 
 def _start() -> None:
@@ -36,7 +39,7 @@ def _start() -> None:
         return
     from sequinapp.embedded_postgres import EmbeddedPostgres
 
-    _cluster = EmbeddedPostgres(_home, FAST)
+    _cluster = EmbeddedPostgres(_home, FAST | ROOM)
     _cluster.start()
     os.environ["DATABASE_URL"] = f"postgres://postgres:{_cluster.password}@127.0.0.1:{_cluster.port}/sequin"
 

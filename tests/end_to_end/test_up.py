@@ -92,6 +92,26 @@ def test_what_is_killed_comes_back(installation: Installation, victim: str) -> N
     pushed(installation, mark)
 
 
+def test_every_process_of_the_cluster_may_be_killed(installation: Installation) -> None:
+    """Pumps, the sentinel, its helpers: after each SIGKILL pushes go on, if need be by a cluster started anew."""
+    for number in range(6):
+        pids = installation.pids("run_workers --cluster")[1:]
+        os.kill(pids[number % len(pids)], signal.SIGKILL)
+        mark = f"cluster-{number}"
+        with installation.source() as source:
+            source.execute("INSERT INTO orders (customer_id, status) VALUES (2, %s)", [mark])
+        pushed(installation, mark)
+
+
+def test_a_stopped_pump_is_replaced(installation: Installation) -> None:
+    """SIGSTOP: alive, but not getting on. The watcher goes by heartbeats."""
+    for pid in installation.pids("run_workers --cluster")[1:]:
+        os.kill(pid, signal.SIGSTOP)
+    with installation.source() as source:
+        source.execute("INSERT INTO orders (customer_id, status) VALUES (2, 'after-sigstop')")
+    wait_until(lambda: "after-sigstop" in str(installation.call("GET", "/receiver/arrivals")[1]), 30, "pushes to go on")
+
+
 def web_answers(installation: Installation) -> bool:
     try:
         return installation.call("GET", "/health")[0] in (200, 503)
