@@ -61,6 +61,16 @@ def delete(thing: Source | HttpEndpoint | Consumer, *, discard: bool = False, dr
         thing.delete()
 
 
+def rehearse(thing: Source | HttpEndpoint | Consumer) -> Prepared | None:
+    """Do what can fail elsewhere before saving, so that a form can show it: `save` takes the answer. Raises ValidationError."""
+    if isinstance(thing, Source):
+        return prepare(thing)
+    if isinstance(thing, Consumer) and thing._state.adding:
+        _publish(thing)
+        _position(thing.source)
+    return None
+
+
 def prepare(source: Source) -> Prepared | None:
     """Make the slot and publication of a source that is new or moved; None when there is nothing to do.
 

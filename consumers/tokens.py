@@ -55,10 +55,16 @@ _used: dict[UUID, float] = {}
 _lock = threading.Lock()
 
 
+def new_secret() -> tuple[str, str, str]:
+    """A token's plain text, its hash, and the beginning that is shown."""
+    plain = PREFIX + secrets.token_urlsafe(32)
+    return plain, _hash(plain), plain[:10]
+
+
 def create_token(name: str, scope: str = "pull", consumers: list[Consumer] | None = None) -> tuple[ApiToken, str]:
     """Make a token. Returns it and its plain text, which is not kept. Raises ValidationError."""
-    plain = PREFIX + secrets.token_urlsafe(32)
-    token = ApiToken(name=name, scope=scope, token_hash=_hash(plain), prefix=plain[:10])
+    plain, digest, prefix = new_secret()
+    token = ApiToken(name=name, scope=scope, token_hash=digest, prefix=prefix)
     token.full_clean()
     token.save()
     token.consumers.set(consumers or [])

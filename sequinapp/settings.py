@@ -4,6 +4,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from django.urls import reverse_lazy
+
 from sequinapp import env as environment
 from sequinapp.embedded_postgres import EmbeddedPostgres
 
@@ -26,6 +28,7 @@ SEQUIN_ALLOW_PLAINTEXT = ENV.allow_plaintext
 SEQUIN_METRICS_PUBLIC = ENV.metrics_public
 
 INSTALLED_APPS = [
+    "consumers",  # before unfold: the first page is ours
     "unfold",
     "django.contrib.admin",
     "django.contrib.auth",
@@ -38,7 +41,6 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "django_q",
     "sequinapp",
-    "consumers",
     "capture",
     "delivery",
 ]
@@ -141,11 +143,49 @@ else:
     Q_CLUSTER["orm"] = "default"
     Q_CLUSTER["broker_class"] = "delivery.broker.NotifyBroker"
 
+
+
+def _link(title: str, icon: str, name: str) -> dict[str, Any]:
+    return {"title": title, "icon": icon, "link": reverse_lazy(name)}
+
+
 UNFOLD = {
     "SITE_TITLE": "Sequin",
     "SITE_HEADER": "Sequin",
     "SITE_SYMBOL": "stream",
     "SHOW_VIEW_ON_SITE": False,
+    "DASHBOARD_CALLBACK": "consumers.admin.dashboard.fill",
+    "SIDEBAR": {
+        "navigation": [
+            {
+                "title": "Configuration",
+                "items": [
+                    _link("Sources", "database", "admin:consumers_source_changelist"),
+                    _link("Endpoints", "webhook", "admin:consumers_httpendpoint_changelist"),
+                    _link("Consumers", "outbound", "admin:consumers_consumer_changelist"),
+                    _link("API tokens", "key", "admin:consumers_apitoken_changelist"),
+                ],
+            },
+            {
+                "title": "Messages",
+                "separator": True,
+                "items": [
+                    _link("Log", "list_alt", "admin:consumers_message_changelist"),
+                    _link("Parked", "pause_circle", "admin:consumers_parked_changelist"),
+                    _link("Attempts", "history", "admin:consumers_attempt_changelist"),
+                ],
+            },
+            {
+                "title": "More",
+                "separator": True,
+                "items": [
+                    _link("API", "api", "docs"),
+                    _link("Receiver", "inbox", "receiver"),
+                    _link("Users", "group", "admin:auth_user_changelist"),
+                ],
+            },
+        ]
+    },
 }
 
 LOGGING = {

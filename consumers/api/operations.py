@@ -18,6 +18,7 @@ from consumers.api.shapes import ConsumerShape
 from consumers.changes import InUse
 from consumers.models import NOT_YET, Consumer, Source
 from consumers.source_connection import SourceUnreachable
+from consumers.store import lifecycle
 
 FINDING = inline_serializer(
     "Finding",
@@ -60,6 +61,15 @@ class SourceCheckView(APIView):
         found = findings(find(Source, name))
         ok = all(finding.ok or not finding.blocking for finding in found)
         return Response({"ok": ok, "data": [finding._asdict() for finding in found]})
+
+
+class AcknowledgeGapView(APIView):
+    """Somebody knows that changes may be missing: health no longer fails for it."""
+
+    @extend_schema(request=None, responses=inline_serializer("Acknowledged", {"acknowledged": serializers.BooleanField()}))
+    def post(self, request: Request, name: str) -> Response:
+        demand_all(request.user)  # type: ignore[arg-type]
+        return Response({"acknowledged": lifecycle.acknowledge_gap(find(Source, name).pk)})
 
 
 class SourceTablesView(APIView):

@@ -1,0 +1,176 @@
+"""The log, what is parked, and the attempts: to look at, and to let stuck messages go again."""
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from django.contrib import admin
+from django.core.paginator import Paginator
+from django.db import connection
+from django.http import HttpRequest
+from django.utils.functional import cached_property
+from django.utils.html import format_html
+from unfold.admin import ModelAdmin
+from unfold.decorators import display
+
+from consumers.models import Source
+from consumers.store import lifecycle
+from consumers.store.models import Attempt, Message, Parked
+from consumers.store.types import ACTIONS
+
+ACTION_LABELS = {"insert": "success", "update": "info", "delete": "danger", "truncate": "warning", "read": "info"}
+REASON_LABELS = {"retry": "warning", "blocked": "info", "error": "danger", "dead": "danger"}
+
+
+class EstimatingPaginator(Paginator):  # type: ignore[type-arg]
+    """Pages through millions of rows without counting them: the planner's estimate will do."""
+
+    @cached_property
+    def count(self) -> int:  # type: ignore[override]
+        table = self.object_list.model._meta.db_table  # type: ignore[union-attr]
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT greatest(sum(c.reltuples), 0)::bigint FROM pg_class c WHERE c.oid = to_regclass(%s)"
+                " OR c.oid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = to_regclass(%s))", [table, table],
+            )  # fmt: skip
+            row = cursor.fetchone()
+        return max(int(row[0]) if row else 0, self.per_page * 10)
+
+
+class ReadOnlyAdmin(ModelAdmin):  # type: ignore[misc]
+    """Looked at here, written by the store alone."""
+
+    paginator = EstimatingPaginator
+    show_full_result_count = False
+    list_per_page = 50
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+
+class BySource(admin.SimpleListFilter):
+    title = "source"
+    parameter_name = "source"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [(str(source.pk), source.name) for source in Source.objects.all()[:100]]
+
+    def queryset(self, request: HttpRequest, queryset: Any) -> Any:
+        return queryset.filter(source=self.value()) if self.value() else queryset
+
+
+class ByAction(admin.SimpleListFilter):
+    title = "action"
+    parameter_name = "action"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return list(ACTIONS.items())
+
+    def queryset(self, request: HttpRequest, queryset: Any) -> Any:
+        return queryset.filter(action=self.value()) if self.value() else queryset
+
+
+@admin.register(Message)
+class MessageAdmin(ReadOnlyAdmin):
+    list_display = ("id", "what", "table", "key", "committed_at", "short_record")
+    list_filter = (BySource, ByAction)
+    list_select_related = ("relation",)
+    search_fields = ("key",)
+    search_help_text = "A primary key value, exactly"
+    fields = ("id", "what", "table", "key", "old_key", "committed_at", "commit_lsn", "commit_idx", "whole_record", "whole_changes", "unchanged")
+    readonly_fields = fields
+
+    def get_search_results(self, request: HttpRequest, queryset: Any, search_term: str) -> tuple[Any, bool]:
+        if search_term:
+            queryset = queryset.filter(key=json.dumps([search_term], ensure_ascii=False))
+        return queryset, False
+
+    @display(description="Action", label=ACTION_LABELS)
+    def what(self, message: Message) -> str:
+        return ACTIONS.get(message.action, message.action)
+
+    @display(description="Table")
+    def table(self, message: Message) -> str:
+        return str(message.relation)
+
+    @display(description="Record")
+    def short_record(self, message: Message) -> str:
+        return message.record if len(message.record) <= 120 else message.record[:120] + "…"
+
+    @display(description="Record")
+    def whole_record(self, message: Message) -> str:
+        return _pretty(message.record)
+
+    @display(description="Changes (old values)")
+    def whole_changes(self, message: Message) -> str:
+        return _pretty(message.changes) if message.changes else "–"
+
+
+@admin.register(Parked)
+class ParkedAdmin(ReadOnlyAdmin):
+    list_display = ("first_id", "consumer", "why", "how_many", "deliver_count", "last_status", "last_error", "due_at", "parked_at")
+    list_filter = ("consumer", "reason")
+    list_select_related = ("consumer",)
+    actions = ("retry", "discard")
+
+    @display(description="Reason", label=REASON_LABELS)
+    def why(self, parked: Parked) -> str:
+        return parked.reason
+
+    @display(description="Messages")
+    def how_many(self, parked: Parked) -> int:
+        return len(parked.ids)
+
+    @admin.action(description="Try again now")
+    def retry(self, request: HttpRequest, chosen: Any) -> None:
+        self._decide(request, chosen, lifecycle.retry, "are tried again")
+
+    @admin.action(description="Discard")
+    def discard(self, request: HttpRequest, chosen: Any) -> None:
+        self._decide(request, chosen, lifecycle.discard, "are discarded")
+
+    def _decide(self, request: HttpRequest, chosen: Any, decide: Any, what: str) -> None:
+        by_consumer: dict[Any, list[int]] = {}
+        for parked in chosen:
+            by_consumer.setdefault(parked.consumer_id, []).extend(parked.ids)
+        count = sum(decide(consumer, ids) for consumer, ids in by_consumer.items())
+        self.message_user(request, f"{count} messages {what}.")
+
+    def get_actions(self, request: HttpRequest) -> Any:
+        # Django hides actions from those who may not change; retrying is no change of the rows by hand.
+        return {name: self.get_action(name) for name in self.actions}
+
+
+@admin.register(Attempt)
+class AttemptAdmin(ReadOnlyAdmin):
+    list_display = ("at", "consumer", "message_id", "ok", "status", "error", "duration_ms", "deliver_count", "url")
+    list_filter = ("consumer", "ok")
+    list_select_related = ("consumer",)
+    fields = ("at", "consumer", "message_id", "ok", "status", "error", "duration_ms", "deliver_count", "url", "response")
+    readonly_fields = fields
+
+
+def _pretty(text: str) -> str:
+    """The stored text, a member a line; values are shown as they are stored, digit for digit."""
+    lines, depth, quoted, escaped = [""], 0, False, False
+    for character in text[:100_000]:
+        if quoted:
+            lines[-1] += character
+            quoted = escaped or character != '"'
+            escaped = character == "\\" and not escaped
+        elif character in "}]":
+            depth -= 1
+            lines.append("  " * depth + character)
+        else:
+            lines[-1] += character
+            quoted = character == '"'
+            depth += character in "{["
+            if character in "{[,":
+                lines.append("  " * depth)
+    return format_html('<pre style="white-space: pre-wrap">{}</pre>', "\n".join(line for line in lines if line.strip()))

@@ -1,0 +1,49 @@
+"""API tokens: made here or with create_api_token; shown once."""
+from __future__ import annotations
+
+from typing import Any
+
+from django import forms
+from django.contrib import admin, messages
+from django.http import HttpRequest
+from django.utils import timezone
+from unfold.admin import ModelAdmin
+from unfold.decorators import display
+
+from consumers.models import ApiToken
+from consumers.tokens import new_secret
+
+
+class TokenForm(forms.ModelForm):  # type: ignore[type-arg]
+    class Meta:
+        model = ApiToken
+        fields = ["name", "scope", "consumers", "expires_at"]
+
+
+@admin.register(ApiToken)
+class ApiTokenAdmin(ModelAdmin):  # type: ignore[misc]
+    form = TokenForm
+    list_display = ("name", "scope", "mask", "state", "last_used_at", "expires_at", "created_at")
+    list_filter = ("scope",)
+    search_fields = ("name",)
+    filter_horizontal = ("consumers",)
+    actions = ("revoke",)
+
+    def save_model(self, request: HttpRequest, obj: ApiToken, form: Any, change: bool) -> None:
+        if not change:
+            plain, obj.token_hash, obj.prefix = new_secret()
+            self.message_user(request, f"The token, shown only now: {plain}", messages.WARNING)
+        super().save_model(request, obj, form, change)
+
+    @display(description="State", label={"valid": "success", "revoked": "danger", "expired": "warning"})
+    def state(self, token: ApiToken) -> str:
+        if token.revoked_at:
+            return "revoked"
+        return "expired" if token.expires_at and token.expires_at <= timezone.now() else "valid"
+
+    @admin.action(description="Revoke")
+    def revoke(self, request: HttpRequest, chosen: Any) -> None:
+        for token in chosen.filter(revoked_at=None):
+            token.revoked_at = timezone.now()
+            token.save(update_fields=["revoked_at"])  # not update(): every process has to hear of it
+        self.message_user(request, "Revoked.")
