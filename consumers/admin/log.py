@@ -27,7 +27,7 @@ class EstimatingPaginator(Paginator):  # type: ignore[type-arg]
 
     @cached_property
     def count(self) -> int:  # type: ignore[override]
-        table = self.object_list.model._meta.db_table  # type: ignore[union-attr]
+        table = self.object_list.model._meta.db_table  # type: ignore[attr-defined]
         with connection.cursor() as cursor:
             cursor.execute(
                 "SELECT greatest(sum(c.reltuples), 0)::bigint FROM pg_class c WHERE c.oid = to_regclass(%s)"
