@@ -14,6 +14,7 @@ urlpatterns = [
     path("api/", include("consumers.api.urls")),
     path("receiver/", include("delivery.receiver.urls")),
     path("", include("delivery.urls_operations")),
+    path("favicon.ico", lambda request: HttpResponse(status=204)),
 ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from django import forms
 from django.core.exceptions import ValidationError
-from unfold.widgets import UnfoldAdminPasswordWidget, UnfoldAdminTextareaWidget
+from unfold.widgets import UnfoldAdminPasswordWidget, UnfoldAdminTextareaWidget, UnfoldAdminTextInputWidget
 
 from consumers import changes
 from consumers.models import Consumer, HttpEndpoint, Source
@@ -81,3 +81,9 @@ class ConsumerForm(RehearsingForm):
             "name", "source", "kind", "tables", "actions", "group_columns", "endpoint", "path", "batch_size", "concurrency",
             "ack_wait_ms", "max_ack_pending", "max_deliver", "max_per_group", "status",
         ]  # fmt: skip
+        widgets = {name: UnfoldAdminTextInputWidget() for name in ("tables", "actions", "group_columns")}
+        help_texts = {
+            "tables": "public.orders, public.* – apart by commas. Empty: all of the publication.",
+            "actions": "Some of insert, update, delete, truncate.",
+            "group_columns": "Messages that agree in these arrive in order. Empty: the primary key.",
+        }

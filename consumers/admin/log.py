@@ -19,22 +19,26 @@ from consumers.store.models import Attempt, Message, Parked
 from consumers.store.types import ACTIONS
 
 ACTION_LABELS = {"insert": "success", "update": "info", "delete": "danger", "truncate": "warning", "read": "info"}
+COUNTED = 2_000
 REASON_LABELS = {"retry": "warning", "blocked": "info", "error": "danger", "dead": "danger"}
 
 
 class EstimatingPaginator(Paginator):  # type: ignore[type-arg]
-    """Pages through millions of rows without counting them: the planner's estimate will do."""
+    """Pages through millions of rows without counting them: beyond COUNTED the planner's estimate will do."""
 
     @cached_property
     def count(self) -> int:  # type: ignore[override]
         table = self.object_list.model._meta.db_table  # type: ignore[attr-defined]
+        counted = len(self.object_list.values_list("pk")[: COUNTED + 1])  # type: ignore[attr-defined]
+        if counted <= COUNTED:
+            return counted
         with connection.cursor() as cursor:
             cursor.execute(
                 "SELECT greatest(sum(c.reltuples), 0)::bigint FROM pg_class c WHERE c.oid = to_regclass(%s)"
                 " OR c.oid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = to_regclass(%s))", [table, table],
             )  # fmt: skip
             row = cursor.fetchone()
-        return max(int(row[0]) if row else 0, self.per_page * 10)
+        return max(int(row[0]) if row else 0, counted)
 
 
 class ReadOnlyAdmin(ModelAdmin):  # type: ignore[misc]
@@ -42,6 +46,7 @@ class ReadOnlyAdmin(ModelAdmin):  # type: ignore[misc]
 
     paginator = EstimatingPaginator
     show_full_result_count = False
+    list_max_show_all = 0
     list_per_page = 50
 
     def has_add_permission(self, request: HttpRequest) -> bool:

@@ -16,6 +16,7 @@ from consumers.envelope import render_with
 from consumers.store import claims, lifecycle
 from consumers.store.types import Claim, Settled
 from consumers.tokens import Caller
+from delivery.pull.descriptions import RECEIPTS, RECEIVE_PARAMETERS, RECEIVED, described, settled
 from delivery.pull import directory, parameters
 from delivery.pull.directory import Receiver
 from delivery.pull.waiting import room
@@ -48,9 +49,11 @@ class PullView(APIView):
 class ReceiveView(PullView):
     """Hand out messages, waiting for the first when asked to."""
 
+    @described("Receive messages", RECEIVED, RECEIVE_PARAMETERS)
     def get(self, request: Any, consumer: str) -> HttpResponse:
         return self._receive(consumer, request.query_params)
 
+    @described("Receive messages", RECEIVED, RECEIVE_PARAMETERS)
     def post(self, request: Any, consumer: str) -> HttpResponse:
         return self._receive(consumer, {**request.query_params.dict(), **read_object(request)})
 
@@ -96,11 +99,13 @@ class ReceiveView(PullView):
 
 
 class AckView(PullView):
+    @described("Acknowledge messages", settled("acked"), request=RECEIPTS)
     def post(self, request: Any, consumer: str) -> HttpResponse:
         return self.settle(consumer, "acked", lambda receiver, given, receipts: claims.ack(receiver.id, receipts))
 
 
 class NackView(PullView):
+    @described("Give messages back", settled("nacked"), request=RECEIPTS)
     def post(self, request: Any, consumer: str) -> HttpResponse:
         def nack(receiver: Receiver, given: Any, receipts: Any) -> Settled:
             return claims.nack(receiver.id, receipts, parameters.delay_ms(given))
@@ -109,6 +114,7 @@ class NackView(PullView):
 
 
 class ExtendView(PullView):
+    @described("Keep messages longer", settled("extended"), request=RECEIPTS)
     def post(self, request: Any, consumer: str) -> HttpResponse:
         def extend(receiver: Receiver, given: Any, receipts: Any) -> Settled:
             settled = claims.extend(receiver.id, receipts, parameters.ack_wait_ms(given, receiver.ack_wait_ms))

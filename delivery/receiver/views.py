@@ -71,8 +71,15 @@ def _summary(arrival: Arrival) -> dict[str, Any]:
             "at": arrival.at,
             "action": body["action"],
             "table": table,
-            "record": json.dumps(body["record"], ensure_ascii=False),
-            "changes": json.dumps(body["changes"], ensure_ascii=False) if body["changes"] else "",
+            "record": _member(arrival.body, "record"),
+            "changes": _member(arrival.body[len(_member(arrival.body, "record")) :], "changes") if body["changes"] else "",
         }
     except (ValueError, KeyError, TypeError):
         return {"at": arrival.at, "action": "", "table": "", "record": arrival.body[:500], "changes": ""}
+
+
+def _member(text: str, name: str) -> str:
+    """A member of the message as it was sent: numbers keep their digits."""
+    begin = text.index(f'"{name}":') + len(name) + 3
+    _, end = json.JSONDecoder().raw_decode(text, begin)
+    return text[begin:end]
