@@ -42,6 +42,7 @@ def serve(arrived: dict[int, float], hangs: bool) -> str:
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
+        request_queue_size = 128  # a full one costs a second: the kernel's first retransmission
 
         def handle_error(self, *_: Any) -> None:
             pass
