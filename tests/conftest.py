@@ -210,6 +210,17 @@ def web(run: Callable[..., Any], free_port: int) -> str:
     return url
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _stop_listening(django_db_setup: None) -> Iterator[None]:
+    """The pull API's listener of this process ends before the database does."""
+    yield
+    from delivery.pull.waiting import room
+
+    room.close()
+    if room._listener is not None:
+        room._listener.join(5)
+
+
 @pytest.fixture(autouse=True)
 def _forget_caches() -> None:
     """Caches of the process outlive a test's database."""

@@ -118,7 +118,7 @@ class WaitingRoom:
 
     def listen(self) -> None:
         """Start the listener, once per process."""
-        if self._listener is not None and self._listener.is_alive():
+        if self.is_closed or (self._listener is not None and self._listener.is_alive()):
             return
         with self._lock:
             if self._listener is None or not self._listener.is_alive():
@@ -127,7 +127,7 @@ class WaitingRoom:
 
     def _run(self) -> None:
         pause = 0.1
-        while True:
+        while not self.is_closed:
             try:
                 with store_connection(application_name="sequin pull listener", tcp_user_timeout=DEAD_AFTER_MS) as conn:
                     for channel in CHANNELS:
@@ -151,7 +151,7 @@ class WaitingRoom:
     def _serve(self, conn: psycopg.Connection[Any]) -> None:
         seen: dict[UUID, int] = {}
         swept = time.monotonic()
-        while True:
+        while not self.is_closed:
             for notice in conn.notifies(timeout=TICK_S, stop_after=1):
                 try:
                     self._hear(notice.channel, notice.payload)
