@@ -41,6 +41,10 @@ class SlotUnusable(Exception):
     """The slot is missing, lost or not ours to use; the text has the SQL that mends it."""
 
 
+class NoRoom(Exception):
+    """The store has no room: what was read is neither stored nor confirmed, and read again later."""
+
+
 class Table(NamedTuple):
     """A relation version as the reader uses it."""
 
@@ -66,13 +70,18 @@ class Reader:
         stopping: Callable[[], bool],
         report: Callable[[Slot], None] = lambda slot: None,
         alive: Callable[[], None] = lambda: None,
+        shortage: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """`report` hears of the slot's state now and then; `alive` is called each time round the loop."""
+        """`report` hears of the slot's state now and then; `alive` is called each time round the loop.
+
+        `shortage` says why nothing may be stored now, if so.
+        """
         self.source = source
         self._appender = appender
         self._stopping = stopping
         self._report = report
         self._alive = alive
+        self._shortage = shortage
         self._tables: dict[int, Table] = {}
         self._rows: list[LogRow] = []
         self._row_bytes = 0
@@ -122,6 +131,8 @@ class Reader:
         """Store what has been read, then let it be confirmed. In this order: the other way round loses changes."""
         if not self._rows:
             return
+        if reason := self._shortage():
+            raise NoRoom(reason)
         after = self._moved(self._progress)
         self._appender.append(self._rows, self._progress, after)
         self._progress = after

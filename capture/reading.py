@@ -8,9 +8,11 @@ import time
 from typing import Any
 
 import psycopg
+from django.conf import settings
 from django.db import DatabaseError, connection
 
-from capture.reader import Reader, Slot, SlotUnusable
+from capture.disk import shortage
+from capture.reader import NoRoom, Reader, Slot, SlotUnusable
 from capture.stream import StreamEnded
 from consumers.models import Source
 from consumers.source_connection import SourceUnreachable, reason_of
@@ -23,6 +25,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.0
 STEADY_S = 10.0  # a connection that lived so long was a good one: the next pause is short again
 STANDBY_LOOK_S = 1.0
 BEAT_EVERY_S = 2.0
+DISK_EVERY_S = 1.0
 
 
 class Reading:
@@ -34,6 +37,8 @@ class Reading:
         self.source = source
         self._stop = threading.Event()
         self._beat_at = 0.0
+        self._disk_at = -DISK_EVERY_S
+        self._disk: str | None = None
 
     def stop(self, *_: Any) -> None:
         self._stop.set()
@@ -46,7 +51,7 @@ class Reading:
             began = time.monotonic()
             try:
                 self._read_once()
-            except (SourceUnreachable, SlotUnusable, StreamEnded, ProgressMoved, psycopg.Error, DatabaseError, OSError) as error:
+            except (SourceUnreachable, SlotUnusable, NoRoom, StreamEnded, ProgressMoved, psycopg.Error, DatabaseError, OSError) as error:
                 self._trouble(error)
                 if time.monotonic() - began > STEADY_S:
                     pause = FIRST_PAUSE_S
@@ -65,8 +70,16 @@ class Reading:
                 if self._stop.is_set():
                     return
             self.reader_class(
-                self.source, appender, stopping=self._stop.is_set, report=self._report, alive=self._alive
+                self.source, appender, stopping=self._stop.is_set, report=self._report, alive=self._alive, shortage=self._look_at_disk
             ).run()
+
+    def _look_at_disk(self) -> str | None:
+        """At most once a second: a stat each batch would be felt."""
+        now = time.monotonic()
+        if now - self._disk_at >= DISK_EVERY_S:
+            self._disk_at = now
+            self._disk = shortage(settings.SEQUIN_STORE_DIRECTORY, settings.SEQUIN_MIN_FREE_DISK)
+        return self._disk
 
     def _alive(self) -> None:
         """Beat, now and then. The watcher restarts a reader that no longer comes by here."""
@@ -86,9 +99,9 @@ class Reading:
         )  # fmt: skip
 
     def _trouble(self, error: Exception) -> None:
-        reason = str(error) if isinstance(error, (SourceUnreachable, SlotUnusable)) else reason_of(error, self.source)
+        reason = str(error) if isinstance(error, (SourceUnreachable, SlotUnusable, NoRoom)) else reason_of(error, self.source)
         log.warning("not reading source=%s: %s", self.source.name, reason)
-        state = "failing" if isinstance(error, SlotUnusable) else "connecting"
+        state = "failing" if isinstance(error, (SlotUnusable, NoRoom)) else "connecting"
         try:
             lifecycle.set_source_status(self.source.pk, state, [reason])
         except DatabaseError:

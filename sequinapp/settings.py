@@ -22,6 +22,7 @@ SEQUIN_HOME = ENV.home
 SEQUIN_WORKERS = ENV.workers
 SEQUIN_ALLOWED_NETWORKS = ENV.allowed_networks
 SEQUIN_MIN_FREE_DISK = ENV.min_free_disk
+SEQUIN_STORE_DIRECTORY = None if ENV.database_url else EmbeddedPostgres(ENV.home).root
 SEQUIN_MAX_WAITERS = ENV.max_waiters
 SEQUIN_RETENTION = ENV.retention
 SEQUIN_ALLOW_PLAINTEXT = ENV.allow_plaintext

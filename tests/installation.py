@@ -38,6 +38,7 @@ class Installation:
     def start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         environment["SEQUIN_HOME"] = str(self.home)
+        environment["SEQUIN_MIN_FREE_DISK"] = "10MB"  # whatever the machine of the tests has left
         with open(self.output, "ab") as out:
             begin = out.tell()
             self.process = subprocess.Popen(

@@ -7,12 +7,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from django.db import connection
 
-from capture.reader import Reader
+from capture.disk import shortage
+from capture.reader import NoRoom, Reader
 from capture.reading import Reading
 from consumers.models import Source
 from consumers.store.appender import Appender
@@ -234,6 +236,20 @@ def test_a_slot_made_anew_is_a_gap_and_not_healthy(source_database: SourceDataba
     with connection.cursor() as cursor:
         cursor.execute("SELECT gap FROM capture_progress WHERE source = %s", [source.pk])
         assert "changes in between are missing" in cursor.fetchone()[0]
+
+
+def test_without_room_nothing_is_stored_or_confirmed_until_there_is(source_database: SourceDatabase, make_source: Any) -> None:
+    source_database.execute(ORDERS)
+    source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE orders")
+    source = make_source()
+    source_database.execute("INSERT INTO orders VALUES (1, 'a')")
+    with Appender(source.pk) as appender:
+        assert appender.lock_source()
+        with pytest.raises(NoRoom, match="nearly full"):
+            Reader(source, appender, stopping=lambda: False, shortage=lambda: shortage(Path("/"), "999999TB")).run()
+        assert rows("id") == []
+        Reader(source, appender, stopping=lambda: bool(rows("id")), shortage=lambda: shortage(Path("/"), "0%")).run()
+    assert len(rows("id")) == 1
 
 
 # Under SIGKILL ------------------------------------------------------------------------------------------------------------
