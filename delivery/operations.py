@@ -1,6 +1,7 @@
 """/health for load balancers and people, /metrics for Prometheus."""
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 from django.conf import settings
@@ -18,6 +19,8 @@ METRICS: list[tuple[str, str, str, str]] = [
      " FROM consumers_source c JOIN source_status s ON s.source = c.id JOIN capture_progress p ON p.source = c.id"),
     ("sequin_capture_lag_seconds", "gauge", "source", "SELECT c.name, CASE WHEN s.source_lsn > p.reached_lsn THEN"
      " extract(epoch FROM now() - p.updated_at) ELSE 0 END FROM consumers_source c JOIN source_status s ON s.source = c.id"
+     " JOIN capture_progress p ON p.source = c.id"),
+    ("sequin_capture_messages_total", "counter", "source", "SELECT c.name, p.messages FROM consumers_source c"
      " JOIN capture_progress p ON p.source = c.id"),
     ("sequin_slot_retained_bytes", "gauge", "source", "SELECT c.name, coalesce(s.retained_bytes, 0) FROM consumers_source c"
      " JOIN source_status s ON s.source = c.id"),
@@ -82,6 +85,16 @@ def _lines() -> list[str]:
         "SELECT c.name, p.reason, sum(cardinality(p.ids)) FROM consumers_consumer c JOIN parked p ON p.consumer = c.id GROUP BY 1, 2"
     ):
         lines.append(f'sequin_consumer_parked{{consumer="{consumer}",reason="{reason}"}} {count}')
+    lines.append("# TYPE sequin_delivery_seconds histogram")
+    for consumer, bounds, counts, total in _fetch(
+        "SELECT c.name, sequin_delivery_bounds(), p.took_buckets, p.took_seconds FROM consumers_consumer c"
+        " JOIN consumer_position p ON p.consumer = c.id"
+    ):
+        cumulated = list(accumulate(counts))
+        for bound, count in zip([*map(str, bounds), "+Inf"], cumulated, strict=True):
+            lines.append(f'sequin_delivery_seconds_bucket{{consumer="{consumer}",le="{bound}"}} {count:.0f}')
+        lines.append(f'sequin_delivery_seconds_sum{{consumer="{consumer}"}} {total}')
+        lines.append(f'sequin_delivery_seconds_count{{consumer="{consumer}"}} {cumulated[-1]:.0f}')
     return lines
 
 

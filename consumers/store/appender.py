@@ -140,7 +140,7 @@ class Appender:
         with conn.cursor() as cursor:
             cursor.execute("BEGIN")
             try:
-                self._move(cursor, before, after)
+                self._move(cursor, before, after, len(rows))
                 if rows:
                     with cursor.copy(_COPY_SQL) as copy:
                         copy.write(encode_rows(rows, self._source_bytes, after.epoch))
@@ -177,14 +177,14 @@ class Appender:
         self._notify_conn.execute("SELECT pg_notify('sequin_log', %s)", [payload])
         self._unnotified.clear()
 
-    def _move(self, cursor: psycopg.Cursor[Any], before: Progress, after: Progress) -> None:
+    def _move(self, cursor: psycopg.Cursor[Any], before: Progress, after: Progress, rows: int) -> None:
         cursor.execute(
             "UPDATE capture_progress SET epoch = %s, system_identifier = %s, timeline = %s, stored_lsn = %s, part_lsn = %s,"
-            " part_changes = %s, reached_lsn = %s, updated_at = now()"
+            " part_changes = %s, reached_lsn = %s, messages = messages + %s, updated_at = now()"
             " FROM (SELECT pg_advisory_xact_lock_shared(%s)) AS sequence_stays"
             " WHERE source = %s AND (epoch, system_identifier, timeline, stored_lsn, part_lsn, part_changes, reached_lsn)"
             " = (%s, %s, %s, %s, %s, %s, %s)",
-            [*after, SEQUENCE_LOCK, self.source_id, *before],
+            [*after, rows, SEQUENCE_LOCK, self.source_id, *before],
         )
         if cursor.rowcount != 1:
             raise ProgressMoved(self.source_id, before)

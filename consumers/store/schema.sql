@@ -71,6 +71,7 @@ create table capture_progress (
     part_lsn          bigint  not null default 0,
     part_changes      bigint  not null default 0,
     reached_lsn       bigint  not null,
+    messages          bigint  not null default 0,  -- stored ever, for the metrics
     gap               text,     -- what may be missing from the log, until somebody acknowledges it
     updated_at        timestamptz not null default now()
 ) with (fillfactor = 50);
@@ -100,6 +101,10 @@ create table consumer_position (
     dead_count   integer not null default 0,
     acked_count  bigint  not null default 0,   -- for the metrics
     failed_count bigint  not null default 0,
+    -- How long messages took from their commit to their ack: one number for each bound of sequin_delivery_bounds()
+    -- and one beyond the last, not cumulated; and the sum of all seconds.
+    took_buckets double precision[] not null default array_fill(0, array[14]),
+    took_seconds double precision   not null default 0,
     taken_at     timestamptz
 ) with (fillfactor = 50);
 
@@ -729,6 +734,43 @@ end $$;
 
 -- Settling -----------------------------------------------------------------------------------------------------
 
+-- The histogram's upper bounds, in seconds.
+create function sequin_delivery_bounds() returns double precision[] language sql immutable as $$
+    select '{0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600, 3600}'::double precision[]
+$$;
+
+-- Where p_done acknowledged messages belong in the histogram. At most 20 of them are looked at, each standing for its
+-- share: looking at a thousand would cost more than acknowledging them. Null buckets: none is in the log any more.
+create function sequin_delivery_times(p_source uuid, p_ids bigint[], p_done integer,
+                                      out buckets double precision[], out seconds double precision)
+language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off
+set plan_cache_mode = force_generic_plan as $$
+declare
+    v_counts integer[] := array_fill(0, array[14]);
+    v_seen   integer := 0;
+    v_step   integer := ceil(cardinality(p_ids) / 20.0);
+    v_at     integer := 1;
+    v_bucket integer;
+    v_took   double precision;
+begin
+    seconds := 0;
+    while v_at <= cardinality(p_ids) loop
+        select greatest(0, extract(epoch from clock_timestamp() - m.committed_at)) into v_took
+          from messages m where m.source = p_source and m.id = p_ids[v_at];
+        if found then
+            v_bucket := width_bucket(v_took, sequin_delivery_bounds()) + 1;
+            v_counts[v_bucket] := v_counts[v_bucket] + 1;
+            seconds := seconds + v_took;
+            v_seen := v_seen + 1;
+        end if;
+        v_at := v_at + v_step;
+    end loop;
+    if v_seen > 0 then
+        buckets := array(select u.n * p_done::double precision / v_seen from unnest(v_counts) with ordinality u(n, i) order by i);
+        seconds := seconds * p_done / v_seen;
+    end if;
+end $$;
+
 -- Acknowledge. A receipt (token, id) that names nothing out, and nothing that came back under its token, is stale.
 create function sequin_ack(p_consumer uuid, p_tokens uuid[], p_ids bigint[], out done integer, out stale integer)
 language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
@@ -804,7 +846,11 @@ begin
     end if;
     update consumer_position p
        set out_count = p.out_count - v_freed, parked_count = p.parked_count - v_late, dead_count = p.dead_count - v_dead,
-           acked_count = p.acked_count + v_freed + v_late + v_dead
+           acked_count = p.acked_count + v_freed + v_late + v_dead,
+           took_buckets = case when t.buckets is null then p.took_buckets
+                          else array(select a + b from unnest(p.took_buckets, t.buckets) with ordinality u(a, b, n) order by n) end,
+           took_seconds = p.took_seconds + t.seconds
+      from sequin_delivery_times(v_pos.source, p_ids, done) t
      where p.consumer = p_consumer;
     if v_pos.parked_count > v_late then
         v_due := sequin_promote(p_consumer, v_grps);

@@ -18,7 +18,7 @@ REMOTE = {"REMOTE_ADDR": "203.0.113.9"}
 METRICS = (
     "sequin_capture_lag_bytes", "sequin_capture_lag_seconds", "sequin_slot_retained_bytes", "sequin_consumer_lag_messages",
     "sequin_consumer_oldest_unacked_seconds", "sequin_consumer_delivered_total", "sequin_consumer_failed_attempts_total",
-    "sequin_consumer_out", "sequin_consumer_parked", "sequin_store_bytes",
+    "sequin_consumer_out", "sequin_consumer_parked", "sequin_store_bytes", "sequin_capture_messages_total", "sequin_delivery_seconds",
 )  # fmt: skip
 
 
@@ -111,5 +111,8 @@ def test_metrics_count_what_happened(client: Client, source: Source, log: Log) -
         assert re.fullmatch(r'# TYPE \w+ \w+|\w+(\{(\w+="[^"\n]*",?)+\})? -?[0-9.e+-]+', line), line
     assert 'sequin_slot_retained_bytes{source="shop"} 4096' in text
     assert 'sequin_consumer_delivered_total{consumer="orders"} 1' in text
+    assert 'sequin_capture_messages_total{source="shop"} 3' in text
+    assert 'sequin_delivery_seconds_count{consumer="orders"} 1' in text
+    assert 'sequin_delivery_seconds_bucket{consumer="orders",le="+Inf"} 1' in text
     assert 'sequin_consumer_out{consumer="orders"} 1' in text
     assert 'sequin_consumer_lag_messages{consumer="orders"} 2' in text
