@@ -113,7 +113,9 @@ def test_batches_are_one_array(log: Log, endpoint: Any, pump: Any) -> None:
     log.append(*[log.row(key) for key in range(25)])
     pump()
     delivered(consumer, 25)
-    assert where.ids == list(range(25)) and max(len(got.ids) for got in where.got) == 10
+    # Batches of different groups are in flight at once; inside each the log's order holds.
+    assert sorted(where.ids) == list(range(25)) and max(len(got.ids) for got in where.got) == 10
+    assert all(got.ids == sorted(got.ids) for got in where.got)
 
 
 def test_a_group_arrives_in_order_and_a_failing_one_holds_up_only_itself(log: Log, endpoint: Any, pump: Any) -> None:
@@ -128,7 +130,7 @@ def test_a_group_arrives_in_order_and_a_failing_one_holds_up_only_itself(log: Lo
     delivered(consumer, 4)
     ones = [got.json["record"]["n"] for got in where.got if got.ids == [1]]
     assert ones == [1010, 1010, 1030], "the failed one again, and only then the next of its group"
-    assert [got.ids[0] for got in where.got][:3] == [1, 2, 3]
+    assert sorted(got.ids[0] for got in where.got[:3]) == [1, 2, 3], "the others did not wait for it"
 
 
 def test_retry_after_holds_the_endpoint(log: Log, endpoint: Any, pump: Any) -> None:
