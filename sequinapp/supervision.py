@@ -24,8 +24,8 @@ from consumers.store.models import Heartbeat
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
-STEADY_S = 10.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 2.0
+STEADY_S = 3.0  # one that lived so long had started well: the next pause is short again
 STALE_AFTER_S = 30.0
 LOOK_AT_BEATS_EVERY_S = 3.0
 STOP_WITHIN_S = 8.0

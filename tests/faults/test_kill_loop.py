@@ -13,6 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ class Puller(threading.Thread):
                     self.arrivals.add(message["data"]["record"])
                 if messages:
                     self.installation.ack(PULL, messages)
-            except (OSError, AssertionError, ValueError):
+            except (OSError, HTTPException, AssertionError, ValueError):  # an answer cut off in the middle is HTTPException
                 self.stopping.wait(0.1)
 
 
