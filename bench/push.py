@@ -134,7 +134,7 @@ def pumped(url: str, batch: int, count: int) -> float:
     from consumers.models import Consumer, HttpEndpoint, Source
     from consumers.store import lifecycle
     from consumers.store.appender import Appender
-    from consumers.store.types import ColumnShape, LogRow, RelationShape
+    from consumers.store.types import ColumnShape, LogRow, Progress, RelationShape
     from delivery.push.pump import Pump
 
     source = Source.objects.create(name=f"s-{uuid4().hex[:8]}", host="localhost", database="shop", username="u", status="paused")
@@ -144,7 +144,8 @@ def pumped(url: str, batch: int, count: int) -> float:
     )
     lifecycle.create_position(consumer.pk, source.pk, 0)
     with Appender(source.pk) as appender:
-        progress = appender.begin_history(system_identifier="1", timeline=1, start_lsn=1)
+        progress = Progress(1, "1", 1, 1, 0, 0, 1)
+        appender.begin_history(progress)
         shape = RelationShape(1, "public", "orders", (ColumnShape("id", 20, -1, "bigint"),), ("id",), "d")
         relation = appender.register_relation(1, shape)
         for first in range(0, count, 2000):

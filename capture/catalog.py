@@ -34,6 +34,20 @@ class Catalog:
         self._conn = conn
         self._kinds: dict[int, tuple[Kind, str]] = {}
 
+    @property
+    def descriptor(self) -> int:
+        """Of the connection's socket."""
+        return self._conn.fileno()
+
+    def filled_columns(self, oid: int) -> set[str]:
+        """The columns that existing rows have a value in although nobody wrote it: with a default, generated, identity."""
+        rows = self._conn.execute(
+            "SELECT attname::text FROM pg_attribute WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped"
+            " AND (atthasdef OR attidentity <> '')",
+            [oid],
+        ).fetchall()
+        return {row[0] for row in rows}
+
     def primary_key(self, relation: Relation) -> tuple[str, ...]:
         """The primary key's columns in key order. A table that is gone meanwhile: the columns pgoutput flagged."""
         rows = self._conn.execute(_PRIMARY_KEY_SQL, [relation.oid]).fetchall()

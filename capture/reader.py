@@ -6,6 +6,7 @@ is recognised by the progress and skipped.
 """
 from __future__ import annotations
 
+import json
 import logging
 import struct
 import time
@@ -14,14 +15,16 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from capture import pgoutput
+from capture import history, pgoutput, surroundings
 from capture.catalog import Catalog
 from capture.encoder import EncodedRow, RowEncoder
 from capture.lsn import format_lsn, widen_xid
 from capture.pgoutput import decode_tuple
-from capture.stream import ReplicationStream
+from capture.shapes import differences
+from capture.stream import ReplicationStream, SlotActive
+from capture.surroundings import Slot
 from consumers.models import Source
-from consumers.source_connection import conninfo, connect
+from consumers.source_connection import APPLICATION_NAME, conninfo, connect, cut_after
 from consumers.store.appender import Appender
 from consumers.store.types import ColumnShape, LogRow, Progress, RelationShape
 
@@ -33,12 +36,11 @@ READ_MESSAGES = 4_000
 IDLE_WAIT_S = 0.5
 REACH_EVERY_S = 1.0
 LOOK_EVERY_S = 10.0
+LOOK_AT_TABLES_EVERY_S = 60.0
+LOOK_WITHIN_S = 15.0  # longer than the control connection's statements may take when the server is well
 OPEN_TABLE = struct.Struct("!I").unpack_from
-INSERT, UPDATE, DELETE, BEGIN, COMMIT, RELATION, TRUNCATE = b"IUDBCRT"
-
-
-class SlotUnusable(Exception):
-    """The slot is missing, lost or not ours to use; the text has the SQL that mends it."""
+INSERT, UPDATE, DELETE, BEGIN, COMMIT, RELATION, TRUNCATE, MESSAGE = b"IUDBCRTM"
+ANNOTATE = "sequin:transaction_annotations."
 
 
 class NoRoom(Exception):
@@ -51,12 +53,6 @@ class Table(NamedTuple):
     version: int
     oid: int
     encoder: RowEncoder
-
-
-class Slot(NamedTuple):
-    confirmed_lsn: int
-    retained_bytes: int
-    source_lsn: int
 
 
 class Reader:
@@ -92,20 +88,31 @@ class Reader:
         self._skip = 0  # changes of it that are stored already
         self._done_lsn = 0  # end of the last transaction that is complete
         self._reached_at = 0.0
+        self._annotations: bytes | None = None  # of the transaction, from here on
+        self._tables_at = 0.0
+        self._looked_lsn = 0
 
     def run(self) -> None:
+        """Raises SlotUnusable, NoRoom, SlotActive and StreamEnded, SourceUnreachable, ProgressMoved and psycopg's errors."""
+        # A reader killed a moment ago may still have its process on the server: it is known by this name.
+        name = f"{APPLICATION_NAME} {self.source.pk}"
         with connect(self.source) as control:
             self._catalog = Catalog(control)
             slot = self._look(control)
-            with ReplicationStream(conninfo(self.source, replication=True)) as stream:
-                self._progress = self._open_history(slot, stream.system_identifier, stream.timeline)
+            with ReplicationStream(conninfo(self.source, replication=True, application_name=name)) as stream:
+                self._progress = self._open_history(slot, stream)
                 self._done_lsn = self._progress.stored_lsn
-                stream.start(self.source.slot_name, self.source.publication_name, self._progress.reached_lsn)
+                try:
+                    stream.start(self.source.slot_name, self.source.publication_name, self._progress.reached_lsn)
+                except SlotActive as error:
+                    surroundings.end_own_sender(control, error.pid, name)
+                    raise
                 log.info(
                     "reading source=%s slot=%s from=%s", self.source.name, self.source.slot_name,
                     format_lsn(self._progress.reached_lsn),
                 )  # fmt: skip
                 self._report(slot)
+                self._look_at_tables(control)
                 self._read(stream, control)
 
     def _read(self, stream: ReplicationStream, control: psycopg.Connection[Any]) -> None:
@@ -123,7 +130,10 @@ class Reader:
                 return
             if time.monotonic() - looked_at >= LOOK_EVERY_S:
                 looked_at = time.monotonic()
-                self._report(self._look(control))
+                slot = self._look(control)
+                self._report(slot)
+                self._beat_on_source(control, slot)
+                self._look_at_tables(control)
 
     # Storing and confirming -------------------------------------------------------------------------------------
 
@@ -134,7 +144,8 @@ class Reader:
         if reason := self._shortage():
             raise NoRoom(reason)
         after = self._moved(self._progress)
-        self._appender.append(self._rows, self._progress, after)
+        with stream.kept_alive():
+            self._appender.append(self._rows, self._progress, after)
         self._progress = after
         self._rows = []
         self._row_bytes = 0
@@ -204,13 +215,34 @@ class Reader:
             self._tables[relation.oid] = self._table(relation)
         elif tag == TRUNCATE:
             self._truncate(data)
-        # O, Y and M say nothing that the log keeps: types come from the catalog.
+        elif tag == MESSAGE:
+            message = pgoutput.decode(data)
+            assert isinstance(message, pgoutput.LogicalMessage)
+            if message.transactional and message.prefix.startswith(ANNOTATE):
+                self._annotate(message)
+        # O and Y say nothing that the log keeps: types come from the catalog.
+
+    def _annotate(self, message: pgoutput.LogicalMessage) -> None:
+        """`set` gives what follows in the transaction its annotations, `clear` takes them away."""
+        if message.prefix == ANNOTATE + "clear":
+            self._annotations = None
+        elif message.prefix == ANNOTATE + "set":
+            try:
+                if not isinstance(json.loads(message.content), dict):
+                    raise ValueError("not an object")
+            except (ValueError, RecursionError) as error:
+                if self._skip <= self._index:
+                    text = f"transaction annotations were not set: expected a JSON object ({str(error)[:100]})"
+                    self._appender.note("annotations", None, text)
+                return
+            self._annotations = message.content.strip()
 
     def _open(self, begin: pgoutput.Begin) -> None:
         self._begin = begin
         self._xid = widen_xid(begin.xid, self._near_xid)
         self._index = 0
         self._skip = 0
+        self._annotations = None
         if begin.final_lsn < self._progress.stored_lsn:
             self._skip = 1 << 62  # stored completely; sent again after a reconnect
         elif begin.final_lsn == self._progress.part_lsn:
@@ -228,7 +260,7 @@ class Reader:
         self._rows.append(
             LogRow(
                 table.version, table.oid, action, key, old_key, self._xid, begin.final_lsn, self._index - 1,
-                begin.committed_us, record, changes, unchanged, known,
+                begin.committed_us, record, changes, unchanged, known, self._annotations,
             )
         )  # fmt: skip
         self._row_bytes += len(record) + (len(changes) if changes else 0)
@@ -242,8 +274,9 @@ class Reader:
 
     def _table(self, relation: pgoutput.Relation) -> Table:
         """Register the relation version and make its encoder."""
-        primary_key = self._catalog.primary_key(relation)
-        kinds = [self._catalog.kind(column.type_oid) for column in relation.columns]
+        with cut_after(self._catalog.descriptor, LOOK_WITHIN_S):
+            primary_key = self._catalog.primary_key(relation)
+            kinds = [self._catalog.kind(column.type_oid) for column in relation.columns]
         shape = RelationShape(
             relation.oid,
             relation.schema,
@@ -255,6 +288,7 @@ class Reader:
             primary_key,
             relation.replica_identity,
         )
+        self._tell_changes(shape)
         encoder = RowEncoder(
             [column.name for column in relation.columns],
             [kind for kind, _ in kinds],
@@ -263,64 +297,63 @@ class Reader:
         )
         return Table(self._appender.register_relation(self._progress.epoch, shape), relation.oid, encoder)
 
-    # The slot and the history -------------------------------------------------------------------------------------
+    def _tell_changes(self, shape: RelationShape) -> None:
+        """Say what happened to the table since its last change was stored."""
+        if self._skip > self._index:
+            return  # sent again after a reconnect: said already
+        before = self._appender.last_shape(shape.schema, shape.table)
+        if before is None or before == shape:
+            return
+        with cut_after(self._catalog.descriptor, LOOK_WITHIN_S):
+            filled = self._catalog.filled_columns(shape.oid)
+        table = f"{shape.schema}.{shape.table}"
+        for change in differences(before, shape, filled):
+            log.warning("table changed source=%s table=%s: %s", self.source.name, table, change.text)
+            self._appender.note(change.kind, table, change.text, backfill=change.backfill)
+
+    # The slot and its surroundings --------------------------------------------------------------------------------
 
     def _look(self, control: psycopg.Connection[Any]) -> Slot:
         """Read the slot's state. Raises SlotUnusable."""
-        row = control.execute(
-            "SELECT plugin, database, wal_status, confirmed_flush_lsn - '0/0'::pg_lsn, here - restart_lsn, here - '0/0'::pg_lsn,"
-            " txid_snapshot_xmax(txid_current_snapshot())"
-            " FROM (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END AS here) h"
-            " LEFT JOIN pg_replication_slots ON slot_name = %s",
-            [self.source.slot_name],
-        ).fetchone()
-        assert row is not None
-        plugin, database, wal_status, confirmed, retained, here, self._near_xid = row
-        create = f"SELECT pg_create_logical_replication_slot('{self.source.slot_name}', 'pgoutput');"
-        if plugin is None:
-            raise SlotUnusable(f"the slot {self.source.slot_name} does not exist. Run on the source: {create}")
-        if plugin != "pgoutput" or database != self.source.database:
-            raise SlotUnusable(
-                f"the slot {self.source.slot_name} is of plugin {plugin} and database {database}; expected pgoutput and"
-                f" {self.source.database}: choose another slot_name"
-            )
-        if wal_status == "lost":
-            raise SlotUnusable(
-                f"the slot {self.source.slot_name} is lost: the server removed WAL that was not read yet. Run on the source:"
-                f" SELECT pg_drop_replication_slot('{self.source.slot_name}'); {create}"
-            )
-        published = control.execute(
-            "SELECT 1 FROM pg_publication WHERE pubname = %s", [self.source.publication_name]
-        ).fetchone()
-        if published is None:
-            raise SlotUnusable(
-                f"the publication {self.source.publication_name} does not exist. Run on the source:"
-                f' CREATE PUBLICATION "{self.source.publication_name}" FOR TABLE …;'
-            )
-        return Slot(int(confirmed or 0), int(retained or 0), int(here))
+        with cut_after(control.fileno(), LOOK_WITHIN_S):
+            slot = surroundings.look_at_slot(control, self.source)
+        self._near_xid = slot.next_xid
+        return slot
 
-    def _open_history(self, slot: Slot, system: str, timeline: int) -> Progress:
+    def _look_at_tables(self, control: psycopg.Connection[Any]) -> None:
+        """Now and then: tables that joined or left the publication, and partitions attached with rows in them."""
+        now = time.monotonic()
+        if self._tables_at and now - self._tables_at < LOOK_AT_TABLES_EVERY_S:
+            return
+        self._tables_at = now
+        with cut_after(control.fileno(), LOOK_WITHIN_S):
+            tables = surroundings.look_at_tables(control, self.source.publication_name)
+        before = self._appender.known_tables()
+        for event in surroundings.membership_changes(before, tables):
+            log.warning("publication changed source=%s table=%s: %s", self.source.name, event.table, event.text)
+            self._appender.note(event.kind, event.table, event.text, backfill=event.backfill)
+        self._appender.remember_tables(tables.as_json())
+
+    def _beat_on_source(self, control: psycopg.Connection[Any], slot: Slot) -> None:
+        """Where the server writes but nothing lets us get on, a message of ours does: WAL is not kept for nothing."""
+        stuck = self._looked_lsn == self._progress.reached_lsn and slot.source_lsn > self._progress.reached_lsn
+        self._looked_lsn = self._progress.reached_lsn
+        if stuck and self._begin is None and not slot.in_recovery:
+            with cut_after(control.fileno(), LOOK_WITHIN_S):
+                surroundings.beat(control)
+
+    def _open_history(self, slot: Slot, stream: ReplicationStream) -> Progress:
         """Go on where the log ends, or begin an epoch; never pass over a gap without noting it."""
-        progress = self._appender.progress()
-        if progress is None:
-            return self._appender.begin_history(system_identifier=system, timeline=timeline, start_lsn=slot.confirmed_lsn)
-        if (progress.system_identifier, progress.timeline) != (system, timeline):
-            begun = self._appender.begin_history(system_identifier=system, timeline=timeline, start_lsn=slot.confirmed_lsn)
-            self._gap(
-                f"the server's history is another one (system {progress.system_identifier} timeline {progress.timeline} became"
-                f" system {system} timeline {timeline}): changes in between may be missing"
-            )
-            return begun
-        if slot.confirmed_lsn > progress.reached_lsn:
-            self._gap(
-                f"the slot was confirmed up to {format_lsn(slot.confirmed_lsn)}, the log reaches only"
-                f" {format_lsn(progress.reached_lsn)}: changes in between are missing; the slot was made anew or used by others"
-            )
-            after = progress._replace(reached_lsn=slot.confirmed_lsn, part_lsn=0, part_changes=0)
-            self._appender.reach(progress, after)
-            return after
+        before = self._appender.progress()
+        ancestors: list[history.Switch] = []
+        if before is not None and before.timeline != stream.timeline:
+            ancestors = history.parse_timeline_history(stream.timeline_history())
+        server = history.Server(
+            stream.system_identifier, stream.timeline, slot.source_lsn, slot.in_recovery, slot.confirmed_lsn, ancestors
+        )
+        progress, gap = history.decide(before, server)
+        if gap:
+            log.error("gap source=%s: %s", self.source.name, gap)
+        if before is None or progress.epoch != before.epoch:
+            self._appender.begin_history(progress, gap)
         return progress
-
-    def _gap(self, reason: str) -> None:
-        log.error("gap source=%s: %s", self.source.name, reason)
-        self._appender.note_gap(reason)

@@ -12,8 +12,10 @@ from django.conf import settings
 from django.db import DatabaseError, connection
 
 from capture.disk import shortage
-from capture.reader import NoRoom, Reader, Slot, SlotUnusable
-from capture.stream import StreamEnded
+from capture.reader import NoRoom, Reader
+from capture.stream import SlotActive, StreamEnded
+from capture.surroundings import Slot, SlotUnusable
+from consumers.hosting import hint
 from consumers.models import Source
 from consumers.source_connection import SourceUnreachable, reason_of
 from consumers.store import lifecycle
@@ -22,6 +24,7 @@ from consumers.store.appender import Appender, ProgressMoved
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.0
+UNUSABLE_PAUSE_S = {"slot_lost": 30.0}  # nothing changes by itself; recover starts the reader anew at once
 STEADY_S = 10.0  # a connection that lived so long was a good one: the next pause is short again
 STANDBY_LOOK_S = 1.0
 BEAT_EVERY_S = 2.0
@@ -55,7 +58,7 @@ class Reading:
                 self._trouble(error)
                 if time.monotonic() - began > STEADY_S:
                     pause = FIRST_PAUSE_S
-                self._stop.wait(pause)
+                self._stop.wait(UNUSABLE_PAUSE_S.get(getattr(error, "state", ""), pause))
                 pause = min(pause * 2, LONGEST_PAUSE_S)
             self._alive()
 
@@ -94,15 +97,31 @@ class Reading:
 
     def _report(self, slot: Slot) -> None:
         lifecycle.set_source_status(
-            self.source.pk, "active", (), retained_bytes=slot.retained_bytes, source_lsn=slot.source_lsn,
+            self.source.pk, "active", slot.warnings, retained_bytes=slot.retained_bytes, source_lsn=slot.source_lsn,
             confirmed_lsn=slot.confirmed_lsn,
         )  # fmt: skip
 
     def _trouble(self, error: Exception) -> None:
         reason = str(error) if isinstance(error, (SourceUnreachable, SlotUnusable, NoRoom)) else reason_of(error, self.source)
+        more = hint(reason, self.source.host, self.source.port)
+        if more and not isinstance(error, SourceUnreachable):
+            reason = f"{reason}. {more[0].upper()}{more[1:]}"
         log.warning("not reading source=%s: %s", self.source.name, reason)
-        state = "failing" if isinstance(error, (SlotUnusable, NoRoom)) else "connecting"
+        state = _state_of(error)
         try:
             lifecycle.set_source_status(self.source.pk, state, [reason])
         except DatabaseError:
             connection.close()
+
+
+def _state_of(error: Exception) -> str:
+    """The name that health, console and metrics give the trouble."""
+    if isinstance(error, SlotUnusable):
+        return error.state
+    if isinstance(error, SlotActive):
+        return "slot_busy"
+    if isinstance(error, (NoRoom, psycopg.errors.DiskFull)):
+        return "store_full"
+    if isinstance(error, SourceUnreachable):
+        return "unreachable"
+    return "connecting"

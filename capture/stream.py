@@ -5,19 +5,26 @@ Source: PostgreSQL manual, "Streaming Replication Protocol".
 """
 from __future__ import annotations
 
+import re
 import select
 import struct
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 from psycopg import pq
 
 from capture.lsn import format_lsn
+from consumers.source_connection import cut_after
 
 POSTGRES_EPOCH_S = 946_684_800  # 2000-01-01 UTC
 STATUS_EVERY_S = 1.0
+BUSY_STATUS_EVERY_S = 2.0
+ASK_AFTER_S, DEAD_AFTER_S = 10.0, 20.0
+ANSWER_WITHIN_S = 15.0  # to a command before the stream begins
 _STATUS = struct.Struct("!cQQQqB")
 _KEEPALIVE = struct.Struct("!QqB")
 HEADER_BYTES = 25  # of an XLogData message; the payload follows
@@ -26,6 +33,14 @@ XLOG_DATA, KEEPALIVE = b"wk"
 
 class StreamEnded(Exception):
     """The server or the network ended the stream; the text is one line."""
+
+
+class SlotActive(StreamEnded):
+    """Another process of the server sends this slot's changes. `pid` is that process."""
+
+    def __init__(self, text: str, pid: int) -> None:
+        self.pid = pid
+        super().__init__(text)
 
 
 class ReplicationStream:
@@ -39,19 +54,30 @@ class ReplicationStream:
         self.wal_end = 0
         """Up to here the server has sent everything (only meaningful between transactions)."""
         self._confirmed = 0
-        self._status_at = 0.0
+        self._status_at = self._heard_at = self._asked_at = 0.0
+        self._helper = _StatusHelper(self)
         self.system_identifier, self.timeline = self._identify()
 
+    def timeline_history(self) -> str:
+        """The history file of the server's timeline; empty for the first one. Raises StreamEnded."""
+        if self.timeline <= 1:
+            return ""
+        content = self._query(f"TIMELINE_HISTORY {self.timeline}", pq.ExecStatus.TUPLES_OK).get_value(0, 1)
+        return (content or b"").decode(errors="replace")
+
     def start(self, slot: str, publication: str, start_lsn: int) -> None:
-        """Begin to stream what was committed after `start_lsn`. Raises StreamEnded."""
+        """Begin to stream what was committed after `start_lsn`. Raises StreamEnded, SlotActive."""
         self.wal_end = self._confirmed = start_lsn
         quoted = publication.replace('"', '""').replace("'", "''")
+        # pgoutput hands on logical messages from Postgres 14 on; transaction annotations are such.
+        messages = ", messages 'true'" if self._conn.server_version >= 140_000 else ""
         self._query(
             f'START_REPLICATION SLOT "{slot}" LOGICAL {format_lsn(start_lsn)}'
-            f" (proto_version '1', publication_names '\"{quoted}\"')",
+            f" (proto_version '1', publication_names '\"{quoted}\"'{messages})",
             pq.ExecStatus.COPY_BOTH,
         )
         self._conn.nonblocking = 1
+        self._heard_at = time.monotonic()
         self._poll = select.poll()
         self._poll.register(self._conn.socket, select.POLLIN)
 
@@ -64,7 +90,8 @@ class ReplicationStream:
     def batches(self, limit: int, wait_s: float) -> Iterator[list[bytes]]:
         """Yield what has arrived, up to `limit` messages at a time; an empty list after `wait_s` without any.
 
-        Keepalives alone do not keep it from yielding: the caller has clocks of its own to look at.
+        Keepalives alone do not keep it from yielding: the caller has clocks of its own to look at. A server that says
+        nothing is asked for a sign of life, and given up when none comes: a dead connection looks like an idle one.
 
         Raises StreamEnded.
         """
@@ -76,6 +103,7 @@ class ReplicationStream:
             while len(batch) < limit:
                 count, data = get(1)
                 if count > 0:
+                    self._asked_at = 0.0
                     if data[0] == XLOG_DATA:
                         batch.append(bytes(data[HEADER_BYTES:]))
                     elif data[0] == KEEPALIVE:
@@ -94,6 +122,8 @@ class ReplicationStream:
                     result = conn.get_result()
                     raise StreamEnded(_line(result.error_message if result is not None else b"the server ended the stream"))
             self.send_status_by_clock()
+            if not batch:
+                self._demand_life()
             yield batch
 
     def confirm(self, lsn: int) -> None:
@@ -104,11 +134,23 @@ class ReplicationStream:
         if time.monotonic() - self._status_at >= every_s:
             self.send_status()
 
-    def send_status(self) -> None:
-        """Tell the server what is confirmed."""
+    @contextmanager
+    def kept_alive(self) -> Iterator[None]:
+        """While the caller does something that may take long: status goes out all the same, with nothing new confirmed.
+
+        The stream must not be used otherwise in the meantime.
+        """
+        self._helper.begin()
+        try:
+            yield
+        finally:
+            self._helper.end()
+
+    def send_status(self, *, ask: bool = False) -> None:
+        """Tell the server what is confirmed. `ask`: and have it answer."""
         now_us = int((time.time() - POSTGRES_EPOCH_S) * 1e6)
         lsn = self._confirmed
-        self._conn.put_copy_data(_STATUS.pack(b"r", max(self.wal_end, lsn), lsn, lsn, now_us, 0))
+        self._conn.put_copy_data(_STATUS.pack(b"r", max(self.wal_end, lsn), lsn, lsn, now_us, int(ask)))
         deadline = time.monotonic() + 10
         while self._conn.flush() == 1:
             # The server may be writing too: read, or both wait for each other.
@@ -138,7 +180,17 @@ class ReplicationStream:
                 self._consume()
 
     def close(self) -> None:
+        self._helper.close()
         self._conn.finish()
+
+    def _demand_life(self) -> None:
+        now = time.monotonic()
+        if self._asked_at:
+            if now - self._asked_at >= DEAD_AFTER_S - ASK_AFTER_S:
+                raise StreamEnded(f"nothing came from the server for {int(DEAD_AFTER_S)} s although it was asked: the connection is dead")
+        elif now - self._heard_at >= ASK_AFTER_S:
+            self._asked_at = now
+            self.send_status(ask=True)
 
     def _keepalive(self, data: bytes) -> None:
         self.wal_end, _, reply = _KEEPALIVE.unpack_from(data, 1)
@@ -146,6 +198,7 @@ class ReplicationStream:
             self.send_status()
 
     def _consume(self) -> None:
+        self._heard_at = time.monotonic()
         try:
             self._conn.consume_input()
         except Exception as error:  # psycopg raises its own OperationalError here
@@ -158,10 +211,51 @@ class ReplicationStream:
         return system.decode(), int(timeline)
 
     def _query(self, text: str, expected: pq.ExecStatus) -> pq.abc.PGresult:
-        result = self._conn.exec_(text.encode())
+        with cut_after(self._conn.socket, ANSWER_WITHIN_S):
+            result = self._conn.exec_(text.encode())
         if result.status != expected:
-            raise StreamEnded(_line(result.error_message))
+            line = _line(result.error_message)
+            active = re.search(r"is active for PID (\d+)", line)
+            raise SlotActive(line, int(active[1])) if active else StreamEnded(line)
         return result
+
+
+class _StatusHelper:
+    """Sends status from a thread of its own while the stream's user is busy elsewhere."""
+
+    def __init__(self, stream: ReplicationStream) -> None:
+        self._stream = stream
+        self._change = threading.Condition()
+        self._busy = self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        with self._change:
+            self._busy = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="replication-status", daemon=True)
+                self._thread.start()
+
+    def end(self) -> None:
+        with self._change:  # also waits for a status that is just going out
+            self._busy = False
+
+    def close(self) -> None:
+        with self._change:
+            self._closed = True
+            self._change.notify()
+        if self._thread is not None:
+            self._thread.join(15)
+
+    def _run(self) -> None:
+        with self._change:
+            while not self._closed:
+                self._change.wait(BUSY_STATUS_EVERY_S / 2)
+                if self._busy and not self._closed:
+                    try:
+                        self._stream.send_status_by_clock(BUSY_STATUS_EVERY_S)
+                    except StreamEnded:
+                        self._busy = False  # the user finds out when it reads again
 
 
 def _line(message: bytes) -> str:

@@ -12,8 +12,16 @@ from django.core.exceptions import ValidationError
 from django.db import transaction
 
 from consumers.models import Consumer, HttpEndpoint, Source
-from consumers.source_connection import SourceUnreachable
-from consumers.source_setup import Prepared, SetupRefused, drop_slot, prepare_source, publish_tables, source_position
+from consumers.source_connection import SourceUnreachable, reason_of
+from consumers.source_setup import (
+    Prepared,
+    SetupRefused,
+    drop_slot,
+    prepare_source,
+    publish_tables,
+    renew_slot,
+    source_position,
+)
 from consumers.store import lifecycle
 
 REACHED_BY = ("host", "port", "database", "username", "password", "sslmode", "ssl_root_cert", "slot_name", "publication_name")
@@ -87,6 +95,28 @@ def prepare(source: Source) -> Prepared | None:
         raise ValidationError({error.field: error.reason}) from None
     except psycopg.Error as error:
         raise ValidationError({"host": " ".join(str(error).split())}) from None
+
+
+def recover(source: Source) -> None:
+    """Let capture begin again after its slot was lost or dropped, or its publication: made anew where they were ours.
+
+    What was missed in between shows as a gap. Raises ValidationError.
+    """
+    try:
+        renew_slot(source)
+        made = prepare_source(source)
+        tables = sorted({table for consumer in source.consumers.all() for table in consumer.tables})
+        source.publication_created = source.publication_created or made.publication_created
+        source.slot_created = source.slot_created or made.slot_created
+        if made.publication_created:
+            publish_tables(source, tables)
+    except SourceUnreachable as error:
+        raise ValidationError({"host": f"{error}"}) from None
+    except SetupRefused as error:
+        raise ValidationError({error.field: error.reason}) from None
+    except psycopg.Error as error:
+        raise ValidationError({"host": reason_of(error, source)}) from None
+    source.save()  # its reader starts anew
 
 
 def _is_where_it_was(source: Source) -> bool:

@@ -26,9 +26,11 @@ from consumers.store.models import (  # noqa: F401  (Django finds the models thr
     Message,
     Parked,
     RelationVersion,
+    SourceEvent,
     SourceStatus,
 )
 from consumers.endpoint_rules import check_headers, check_url
+from consumers.hosting import pooler_problem
 
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 WEAK_SSL_MODES = ("disable", "allow", "prefer")
@@ -118,6 +120,9 @@ class Source(Named):
     slot_name = models.CharField(max_length=63, default="sequin_slot", validators=[validate_identifier])
     publication_name = models.CharField(max_length=63, default="sequin_pub")
     status = models.CharField(max_length=8, default="active", choices=[("active", "active"), ("paused", "paused")])
+    slot_failover = models.BooleanField(
+        default=False, help_text="Make the slot one that standbys keep in step, Postgres 17 and newer."
+    )
     slot_created = models.BooleanField(default=False, editable=False, help_text="We made the slot.")
     publication_created = models.BooleanField(default=False, editable=False, help_text="We made the publication.")
 
@@ -135,6 +140,8 @@ class Source(Named):
         for field in ("host", "database", "username", "publication_name"):
             if re.search(r"[\0\s]", getattr(self, field) or ""):
                 errors[field] = "may not contain spaces or line breaks"
+        if self.host and (problem := pooler_problem(self.host, self.port or 5432, self.username)):
+            errors["host"] = problem
         if self.host and self.sslmode in WEAK_SSL_MODES and not is_local_host(self.host) and not settings.SEQUIN_ALLOW_PLAINTEXT:
             errors["sslmode"] = (
                 f"{self.sslmode} would send data unencrypted to {self.host}: expected require, verify-ca or verify-full"

@@ -1,8 +1,13 @@
 """Connect to a source: one place for the options every such connection pins, and for errors that name no secret."""
 from __future__ import annotations
 
+import os
 import re
+import socket
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +16,10 @@ from typing import Any, Protocol
 import psycopg
 from psycopg.conninfo import make_conninfo
 
+from consumers.hosting import hint
+
 CONNECT_TIMEOUT_S = 10
+APPLICATION_NAME = "sequin"
 # Everything that shapes values as text is fixed, for replication and for reading rows alike.
 PINNED_SETTINGS = {
     "TimeZone": "UTC",
@@ -43,10 +51,11 @@ class SourceUnreachable(Exception):
 
     def __init__(self, host: str, port: int, reason: str) -> None:
         self.host, self.port, self.reason = host, port, reason
-        super().__init__(f"cannot connect to {host}:{port}: {reason}")
+        more = hint(reason, str(host), int(port))
+        super().__init__(f"cannot connect to {host}:{port}: {reason}" + (f". {more[0].upper()}{more[1:]}" if more else ""))
 
 
-def conninfo(source: SourceParameters, *, replication: bool = False) -> str:
+def conninfo(source: SourceParameters, *, replication: bool = False, application_name: str = APPLICATION_NAME) -> str:
     """The libpq connection string of a source, password included: never log it."""
     options = " ".join(f"-c {name}={value}" for name, value in PINNED_SETTINGS.items())
     parameters: dict[str, Any] = {
@@ -57,7 +66,7 @@ def conninfo(source: SourceParameters, *, replication: bool = False) -> str:
         "password": source.password or None,
         "sslmode": source.effective_sslmode,
         "sslrootcert": _root_certificate(source.ssl_root_cert),
-        "application_name": "sequin",
+        "application_name": application_name,
         "client_encoding": "UTF8",
         "connect_timeout": CONNECT_TIMEOUT_S,
         "keepalives_idle": 15,
@@ -79,6 +88,32 @@ def connect(source: SourceParameters, *, statement_timeout_ms: int = 30_000) -> 
     except (psycopg.Error, UnicodeError) as error:
         raise SourceUnreachable(source.host, source.port, reason_of(error, source)) from None
     return connection
+
+
+@contextmanager
+def cut_after(descriptor: int, seconds: float) -> Iterator[None]:
+    """End a connection's socket when the block takes longer: a dead network would otherwise hold it for ever.
+
+    The call that waits then fails as after any other cut.
+    """
+    copy = os.dup(descriptor)
+
+    def cut() -> None:
+        with socket.socket(fileno=os.dup(copy)) as found:
+            try:
+                found.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        os.close(copy)
 
 
 def reason_of(error: BaseException, source: SourceParameters | None = None) -> str:

@@ -8,9 +8,20 @@ import psycopg
 from psycopg import sql
 
 from consumers.models import Source
+from consumers.preflight import (
+    PLUGIN,
+    Server,
+    check_slot,
+    check_wal_level,
+    publication_exists,
+    published,
+    qualified,
+    read_server,
+    without_identity,
+)
 from consumers.source_connection import connect, reason_of
 
-PLUGIN = "pgoutput"
+SLOT_TIMEOUT_S = 60
 
 
 class SetupRefused(Exception):
@@ -26,25 +37,23 @@ class Prepared(NamedTuple):
     publication_created: bool
 
 
-class Finding(NamedTuple):
-    """One thing the pre-flight saw. `sql` mends it; a blocking one stops capture."""
-
-    name: str
-    ok: bool
-    blocking: bool
-    text: str
-    sql: str = ""
-
-
 def prepare_source(source: Source) -> Prepared:
     """Use the publication and slot there are, or make them. Raises SourceUnreachable or SetupRefused."""
     with connect(source) as conn:
-        _demand_logical(conn)
-        publication_made = not _publication_exists(conn, source.publication_name)
+        server = read_server(conn, source)
+        level = check_wal_level(server)
+        if not level.ok:
+            raise SetupRefused("host", f"{level.text}. {level.sql}")
+        publication_made = not publication_exists(conn, source.publication_name)
         if publication_made:
+            if server.in_recovery:
+                raise SetupRefused(
+                    "publication_name",
+                    f"the server is a standby and has no publication {source.publication_name}: make it on the primary",
+                )
             _create_publication(conn, source)
         try:
-            slot_made = _ensure_slot(conn, source)
+            slot_made = _ensure_slot(conn, source, server)
         except (SetupRefused, psycopg.Error):
             if publication_made:
                 conn.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(source.publication_name)))
@@ -67,6 +76,20 @@ def published_tables(source: Source) -> list[str]:
     """The tables the publication publishes, as `schema.table`, sorted."""
     with connect(source) as conn:
         return _published(conn, source.publication_name)
+
+
+def renew_slot(source: Source) -> None:
+    """Drop a lost slot, so that `prepare_source` makes it anew; what it missed is a gap. Raises SourceUnreachable, SetupRefused.
+
+    A lost slot that we did not make is left to its maker.
+    """
+    with connect(source) as conn:
+        server = read_server(conn, source)
+        slot = check_slot(conn, source, server)[0]
+        if not slot.ok and "is lost" in slot.text:
+            if not source.slot_created:
+                raise SetupRefused("slot_name", f"{slot.text}, and it is not ours to drop. Run on the source: {slot.sql}")
+            conn.execute("SELECT pg_drop_replication_slot(%s)", [source.slot_name])
 
 
 def all_tables(source: Source) -> list[dict[str, Any]]:
@@ -100,12 +123,16 @@ def publish_tables(source: Source, tables: Iterable[str]) -> None:
                 raise SetupRefused("tables", f"there is no table {table} in the database {source.database}")
         published = set(_published(conn, source.publication_name))
         missing = sorted(existing - published)
-        for table in missing:
-            _demand_identity(conn, table)
         if not missing:
             return
+        for table in without_identity(conn, missing):
+            raise SetupRefused(
+                "tables",
+                f"{table} has neither a primary key nor another replica identity: publishing it would make its UPDATEs and"
+                f" DELETEs fail. Run on the source: ALTER TABLE {qualified(table).as_string(conn)} REPLICA IDENTITY FULL;",
+            )
         statement = sql.SQL("ALTER PUBLICATION {} ADD TABLE {}").format(
-            sql.Identifier(source.publication_name), sql.SQL(", ").join(_qualified(table) for table in missing)
+            sql.Identifier(source.publication_name), sql.SQL(", ").join(qualified(table) for table in missing)
         )
         by_hand = f"{statement.as_string(conn)};"
         if not source.publication_created:
@@ -141,108 +168,6 @@ def drop_slot(source: Source) -> None:
             conn.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(source.publication_name)))
 
 
-def check(source: Source) -> list[Finding]:
-    """Look at the source before the slot is used. Raises SourceUnreachable."""
-    with connect(source) as conn:
-        return [
-            _check_version(conn), _check_wal_level(conn), _check_role(conn, source), _check_slot(conn, source),
-            *_check_publication(conn, source),
-        ]  # fmt: skip
-
-
-def _one(conn: psycopg.Connection[Any], query: str, parameters: list[Any] | None = None) -> Any:
-    row = conn.execute(query, parameters).fetchone()
-    return None if row is None else row[0]
-
-
-def _demand_logical(conn: psycopg.Connection[Any]) -> None:
-    finding = _check_wal_level(conn)
-    if not finding.ok:
-        raise SetupRefused("host", f"{finding.text}. {finding.sql}")
-
-
-def _check_version(conn: psycopg.Connection[Any]) -> Finding:
-    version = conn.info.server_version
-    return Finding("version", version >= 120_000, True, f"the server is Postgres {version // 10_000}; 12 or newer is needed")
-
-
-def _check_wal_level(conn: psycopg.Connection[Any]) -> Finding:
-    level = _one(conn, "SHOW wal_level")
-    return Finding(
-        "wal_level", level == "logical", True, f"wal_level is {level}; logical is needed",
-        "" if level == "logical" else "ALTER SYSTEM SET wal_level = 'logical'; -- then restart the server",
-    )  # fmt: skip
-
-
-def _check_role(conn: psycopg.Connection[Any], source: Source) -> Finding:
-    allowed = _one(
-        conn,
-        "SELECT rolreplication OR rolsuper OR EXISTS (SELECT FROM pg_roles g WHERE g.rolname IN ('rds_replication',"
-        " 'rds_superuser', 'cloudsqlsuperuser', 'azure_pg_admin') AND pg_has_role(current_user, g.oid, 'member'))"
-        " FROM pg_roles WHERE rolname = current_user",
-    )
-    who = psycopg.sql.Identifier(source.username).as_string(conn)
-    return Finding(
-        "replication", bool(allowed), True,
-        f"the role {source.username} {'may' if allowed else 'may not'} replicate",
-        "" if allowed else f"ALTER ROLE {who} REPLICATION; -- on RDS: GRANT rds_replication TO {who};",
-    )  # fmt: skip
-
-
-def _check_slot(conn: psycopg.Connection[Any], source: Source) -> Finding:
-    row = conn.execute(
-        "SELECT plugin, database, wal_status FROM pg_replication_slots WHERE slot_name = %s", [source.slot_name]
-    ).fetchone()
-    create = f"SELECT pg_create_logical_replication_slot('{source.slot_name}', '{PLUGIN}');"
-    if row is None:
-        return Finding("slot", False, True, f"there is no slot {source.slot_name}", create)
-    plugin, database, wal_status = row
-    if plugin != PLUGIN or database != source.database:
-        return Finding(
-            "slot", False, True,
-            f"the slot {source.slot_name} is of plugin {plugin} and database {database}; expected {PLUGIN} and {source.database}",
-            create.replace(source.slot_name, source.slot_name + "_2"),
-        )  # fmt: skip
-    if wal_status == "lost":
-        return Finding(
-            "slot", False, True, f"the slot {source.slot_name} is lost: the server removed WAL it still needed",
-            f"SELECT pg_drop_replication_slot('{source.slot_name}'); {create} -- then backfill",
-        )  # fmt: skip
-    return Finding("slot", True, True, f"the slot {source.slot_name} is there, wal_status {wal_status or 'unknown'}")
-
-
-def _check_publication(conn: psycopg.Connection[Any], source: Source) -> list[Finding]:
-    name = psycopg.sql.Identifier(source.publication_name).as_string(conn)
-    if not _publication_exists(conn, source.publication_name):
-        return [
-            Finding(
-                "publication", False, True, f"there is no publication {source.publication_name}",
-                f"CREATE PUBLICATION {name} FOR TABLE …;",
-            )
-        ]  # fmt: skip
-    tables = _published(conn, source.publication_name)
-    found = [
-        Finding(
-            "publication", bool(tables), False, f"the publication {source.publication_name} publishes {len(tables)} tables",
-            "" if tables else f"ALTER PUBLICATION {name} ADD TABLE …;",
-        )
-    ]  # fmt: skip
-    for table in tables:
-        if not _has_identity(conn, table):
-            found.append(
-                Finding(
-                    "replica_identity", False, False,
-                    f"{table} has no replica identity: its UPDATEs and DELETEs fail while it is published",
-                    f"ALTER TABLE {_qualified(table).as_string(conn)} REPLICA IDENTITY FULL;",
-                )
-            )  # fmt: skip
-    return found
-
-
-def _publication_exists(conn: psycopg.Connection[Any], name: str) -> bool:
-    return bool(_one(conn, "SELECT count(*) FROM pg_publication WHERE pubname = %s", [name]))
-
-
 def _create_publication(conn: psycopg.Connection[Any], source: Source) -> None:
     """An empty one: consumers add the tables they name."""
     statement = sql.SQL("CREATE PUBLICATION {}").format(sql.Identifier(source.publication_name))
@@ -256,31 +181,54 @@ def _create_publication(conn: psycopg.Connection[Any], source: Source) -> None:
         ) from None
 
 
-def _ensure_slot(conn: psycopg.Connection[Any], source: Source) -> bool:
-    finding = _check_slot(conn, source)
+def _ensure_slot(conn: psycopg.Connection[Any], source: Source, server: Server) -> bool:
+    finding = check_slot(conn, source, server)[0]
     if finding.ok:
         return False
     if "there is no slot" not in finding.text:
         raise SetupRefused("slot_name", f"{finding.text}. Choose another slot_name, or run on the source: {finding.sql}")
+    if source.slot_failover and server.version < 170_000:
+        raise SetupRefused("slot_failover", f"slots that survive a failover need Postgres 17, this is {server.version // 10_000}")
+    options = ", false, false, true" if source.slot_failover else ""
     try:
-        conn.execute("SET statement_timeout = '60s'")  # it waits for running transactions to end
-        conn.execute("SELECT pg_create_logical_replication_slot(%s, %s)", [source.slot_name, PLUGIN])
+        # It waits for the transactions that are open now to end.
+        conn.execute(f"SET statement_timeout = '{SLOT_TIMEOUT_S}s'")
+        conn.execute(f"SELECT pg_create_logical_replication_slot(%s, %s{options})", [source.slot_name, PLUGIN])
     except psycopg.errors.QueryCanceled:
+        raise SetupRefused("slot_name", _why_slot_waits(conn, server)) from None
+    except psycopg.errors.ConfigurationLimitExceeded:
         raise SetupRefused(
             "slot_name",
-            "the slot could not be made within 60 s: a transaction on the source has been open all the time. End it"
-            " (SELECT pid, xact_start, query FROM pg_stat_activity ORDER BY xact_start) and save again",
+            "all replication slots of the server are used: drop one that nobody reads (SELECT slot_name, active FROM"
+            " pg_replication_slots), or raise max_replication_slots and restart the server",
         ) from None
     except psycopg.Error as error:
         raise SetupRefused("slot_name", f"cannot create the slot: {reason_of(error, source)}. Run on the source: {finding.sql}") from None
     return True
 
 
-def _published(conn: psycopg.Connection[Any], publication: str) -> list[str]:
+def _why_slot_waits(conn: psycopg.Connection[Any], server: Server) -> str:
+    """Who kept the slot from being made: the transactions that have been open all the time."""
+    if server.in_recovery:
+        return (
+            f"the slot could not be made within {SLOT_TIMEOUT_S} s: a standby waits for a snapshot of the primary. Run there:"
+            " SELECT pg_log_standby_snapshot(); and save again"
+        )
     rows = conn.execute(
-        "SELECT schemaname || '.' || tablename FROM pg_publication_tables WHERE pubname = %s ORDER BY 1", [publication]
+        "SELECT pid, extract(epoch FROM now() - xact_start)::int, left(query, 60) FROM pg_stat_activity"
+        " WHERE backend_xid IS NOT NULL AND xact_start < now() - %s::int * interval '1 s' ORDER BY xact_start LIMIT 5",
+        [SLOT_TIMEOUT_S],
     ).fetchall()
-    return [row[0] for row in rows]
+    who = "; ".join(f"process {pid}, open for {age} s: {query}" for pid, age, query in rows)
+    return (
+        f"the slot could not be made within {SLOT_TIMEOUT_S} s: a transaction on the source has been open all the time"
+        + (f" ({who})" if who else "")
+        + ". End it (SELECT pg_terminate_backend(pid)) and save again"
+    )
+
+
+def _published(conn: psycopg.Connection[Any], publication: str) -> list[str]:
+    return [f"{schema}.{table}" for schema, table in published(conn, publication)]
 
 
 def _existing(conn: psycopg.Connection[Any], wanted: list[str]) -> set[str]:
@@ -294,30 +242,3 @@ def _existing(conn: psycopg.Connection[Any], wanted: list[str]) -> set[str]:
         {"wanted": wanted},
     ).fetchall()
     return {row[0] for row in rows}
-
-
-def _has_identity(conn: psycopg.Connection[Any], table: str) -> bool:
-    schema, name = table.split(".", 1)
-    return bool(
-        _one(
-            conn,
-            "SELECT c.relreplident = 'f' OR (c.relreplident = 'd' AND EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid"
-            " AND i.indisprimary)) OR (c.relreplident = 'i' AND EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND"
-            " i.indisreplident)) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-            " WHERE n.nspname = %s AND c.relname = %s",
-            [schema, name],
-        )
-    )
-
-
-def _demand_identity(conn: psycopg.Connection[Any], table: str) -> None:
-    if not _has_identity(conn, table):
-        raise SetupRefused(
-            "tables",
-            f"{table} has neither a primary key nor another replica identity: publishing it would make its UPDATEs and"
-            f" DELETEs fail. Run on the source: ALTER TABLE {_qualified(table).as_string(conn)} REPLICA IDENTITY FULL;",
-        )
-
-
-def _qualified(table: str) -> sql.Identifier:
-    return sql.Identifier(*table.split(".", 1))

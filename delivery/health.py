@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from django.db import connection
 
 DOWN_AFTER = timedelta(seconds=30)
+# States of a source that do not end by themselves; the others are failing when they last.
+FAILING = ("slot_missing", "slot_lost", "slot_foreign", "publication_missing", "store_full")
 
 
 class Judged(NamedTuple):
@@ -54,11 +56,11 @@ def _judge_source(
         waiting = now - created_at > DOWN_AFTER
         return Judged(name, "failing" if waiting else "degraded", ["no reader has reported yet: does run_capture run?"])
     if state != "active":
-        down = state == "failing" or now - since > DOWN_AFTER
-        return Judged(name, "failing" if down else "degraded", list(reasons or [state]))
+        down = state in FAILING or now - since > DOWN_AFTER
+        return Judged(name, "failing" if down else "degraded", [f"{state}: {reason}" for reason in reasons or ["not reading"]])
     if now - at > DOWN_AFTER:
         return Judged(name, "failing", [f"its reader was last heard of at {at:%Y-%m-%d %H:%M:%S} UTC: does run_capture run?"])
-    return Judged(name, "ok", [])
+    return Judged(name, "degraded" if reasons else "ok", list(reasons or []))
 
 
 def _judge_consumer(

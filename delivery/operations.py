@@ -22,6 +22,9 @@ METRICS: list[tuple[str, str, str, str]] = [
      " JOIN capture_progress p ON p.source = c.id"),
     ("sequin_capture_messages_total", "counter", "source", "SELECT c.name, p.messages FROM consumers_source c"
      " JOIN capture_progress p ON p.source = c.id"),
+    ("sequin_source_state", "gauge", "source", "SELECT c.name || '\",state=\"' || CASE WHEN p.gap IS NOT NULL THEN 'gap' WHEN"
+     " c.status = 'paused' THEN 'paused' ELSE coalesce(s.state, 'connecting') END, 1 FROM consumers_source c"
+     " LEFT JOIN source_status s ON s.source = c.id LEFT JOIN capture_progress p ON p.source = c.id"),
     ("sequin_slot_retained_bytes", "gauge", "source", "SELECT c.name, coalesce(s.retained_bytes, 0) FROM consumers_source c"
      " JOIN source_status s ON s.source = c.id"),
     ("sequin_consumer_delivered_total", "counter", "consumer", "SELECT c.name, p.acked_count FROM consumers_consumer c"

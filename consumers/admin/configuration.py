@@ -7,6 +7,8 @@ from django.contrib import admin, messages
 from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.shortcuts import render
+from django.utils.html import format_html, format_html_join
+from django.utils.safestring import mark_safe
 from unfold.admin import ModelAdmin
 from unfold.decorators import action, display
 
@@ -14,11 +16,12 @@ from consumers import changes
 from consumers.admin.forms import ConsumerForm, EndpointForm, RehearsingForm, SourceForm
 from consumers.models import Consumer, HttpEndpoint, Source
 from consumers.store import lifecycle
-from consumers.store.models import ConsumerPosition, SourceStatus
+from consumers.store.models import ConsumerPosition, SourceEvent, SourceStatus
 
 STATUS_LABELS = {
     "active": "success", "ok": "success", "paused": "warning", "connecting": "warning", "disabled": "danger", "failing": "danger",
-    "gap": "danger",
+    "gap": "danger", "slot_lost": "danger", "slot_missing": "danger", "slot_foreign": "danger", "publication_missing": "danger",
+    "store_full": "danger", "unreachable": "warning", "slot_busy": "warning",
 }  # fmt: skip
 
 
@@ -67,13 +70,13 @@ class SourceAdmin(ConfigurationAdmin):
     form = SourceForm
     list_display = ("name", "where", "state", "reasons", "retained", "slot_name", "publication_name")
     search_fields = ("name", "host", "database")
-    actions = ("pause", "resume", "acknowledge_gap")
-    readonly_fields = ("state", "reasons", "retained", "slot_created", "publication_created", "created_at")
+    actions = ("pause", "resume", "recover", "acknowledge_gap")
+    readonly_fields = ("state", "reasons", "retained", "events", "slot_created", "publication_created", "created_at")
     fieldsets = (
         (None, {"fields": ("name", "status")}),
         ("Connection", {"fields": (("host", "port"), "database", ("username", "password"), ("sslmode", "ssl_root_cert"))}),
-        ("Replication", {"fields": (("slot_name", "publication_name"), ("slot_created", "publication_created"))}),
-        ("Now", {"fields": ("state", "reasons", "retained", "created_at")}),
+        ("Replication", {"fields": (("slot_name", "publication_name"), "slot_failover", ("slot_created", "publication_created"))}),
+        ("Now", {"fields": ("state", "reasons", "retained", "events", "created_at")}),
     )
 
     @display(description="Database")
@@ -97,6 +100,16 @@ class SourceAdmin(ConfigurationAdmin):
         found = SourceStatus.objects.filter(pk=source.pk).first()
         return f"{found.retained_bytes / 1_048_576:.1f} MB" if found and found.retained_bytes is not None else "–"
 
+    @display(description="What happened")
+    def events(self, source: Source) -> str:
+        found = SourceEvent.objects.filter(source=source.pk)[:20]
+        lines = [
+            format_html("{} {}{}{}", f"{event.at:%Y-%m-%d %H:%M:%S}", f"{event.table_name} " if event.table_name else "", event.text,
+                        " → backfill" if event.backfill else "")
+            for event in found
+        ]  # fmt: skip
+        return format_html_join(mark_safe("<br>"), "{}", ((line,) for line in lines)) if lines else "–"
+
     @admin.action(description="Pause (the slot keeps WAL on the source's disk meanwhile)")
     def pause(self, request: HttpRequest, chosen: Any) -> None:
         self.set_status(request, chosen, "paused")
@@ -104,6 +117,15 @@ class SourceAdmin(ConfigurationAdmin):
     @admin.action(description="Resume")
     def resume(self, request: HttpRequest, chosen: Any) -> None:
         self.set_status(request, chosen, "active")
+
+    @admin.action(description="Recover: make a lost or missing slot anew")
+    def recover(self, request: HttpRequest, chosen: Any) -> None:
+        for source in chosen:
+            try:
+                changes.recover(source)
+                self.message_user(request, f"{source.name}: capture begins again. What happened meanwhile is shown as a gap.")
+            except ValidationError as error:
+                self.message_user(request, f"{source.name}: {' '.join(error.messages)}", messages.ERROR)
 
     @admin.action(description="Acknowledge the gap")
     def acknowledge_gap(self, request: HttpRequest, chosen: Any) -> None:

@@ -9,14 +9,15 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from consumers import source_setup
+from consumers import changes, source_setup
 from consumers.api.body import read_object
 from consumers.api.configuration import save, with_backlog
 from consumers.api.errors import Invalid
 from consumers.api.lookup import demand_all, find, find_consumer
-from consumers.api.shapes import ConsumerShape
+from consumers.api.shapes import ConsumerShape, SourceShape
 from consumers.changes import InUse
-from consumers.models import NOT_YET, Consumer, Source
+from consumers.preflight import Finding, check
+from consumers.models import NOT_YET, Consumer, Source, SourceEvent
 from consumers.source_connection import SourceUnreachable
 from consumers.store import lifecycle
 
@@ -43,13 +44,26 @@ TABLE = inline_serializer(
 )
 
 
-def findings(source: Source) -> list[source_setup.Finding]:
+EVENT = inline_serializer(
+    "Event",
+    {
+        "at": serializers.DateTimeField(),
+        "kind": serializers.CharField(),
+        "table": serializers.CharField(allow_null=True),
+        "text": serializers.CharField(),
+        "backfill": serializers.BooleanField(help_text="A backfill of the table brings what was not sent."),
+    },
+    many=True,
+)
+
+
+def findings(source: Source) -> list[Finding]:
     """What the pre-flight sees; a source that does not answer is one finding."""
     try:
-        reached = source_setup.Finding("reachable", True, True, f"{source.host}:{source.port} answers")
-        return [reached, *source_setup.check(source)]
+        reached = Finding("reachable", True, True, f"{source.host}:{source.port} answers")
+        return [reached, *check(source)]
     except SourceUnreachable as error:
-        return [source_setup.Finding("reachable", False, True, str(error))]
+        return [Finding("reachable", False, True, str(error))]
 
 
 class SourceCheckView(APIView):
@@ -70,6 +84,31 @@ class AcknowledgeGapView(APIView):
     def post(self, request: Request, name: str) -> Response:
         demand_all(request.user)  # type: ignore[arg-type]
         return Response({"acknowledged": lifecycle.acknowledge_gap(find(Source, name).pk)})
+
+
+class RecoverView(APIView):
+    """Make a lost or missing slot anew. What was missed shows as a gap, which a backfill fills."""
+
+    @extend_schema(request=None, responses=SourceShape)
+    def post(self, request: Request, name: str) -> Response:
+        demand_all(request.user)  # type: ignore[arg-type]
+        source = find(Source, name)
+        changes.recover(source)
+        return Response(SourceShape(source).data)
+
+
+class SourceEventsView(APIView):
+    """What happened to a source: gaps, changed tables, rows rewritten without being sent. The newest 500."""
+
+    @extend_schema(responses=inline_serializer("Events", {"data": EVENT, "next": serializers.CharField(allow_null=True)}))
+    def get(self, request: Request, name: str) -> Response:
+        demand_all(request.user)  # type: ignore[arg-type]
+        found = SourceEvent.objects.filter(source=find(Source, name).pk)[:500]
+        shown = [
+            {"at": event.at, "kind": event.kind, "table": event.table_name, "text": event.text, "backfill": event.backfill}
+            for event in found
+        ]
+        return Response({"data": shown, "next": None})
 
 
 class SourceTablesView(APIView):

@@ -132,13 +132,14 @@ class SourceShape(Shape):
     ssl_root_cert = Text()
     slot_name = Text()
     publication_name = Text()
+    slot_failover = serializers.BooleanField(required=False, help_text="Make the slot one that standbys keep in step.")
     status = Text(help_text="active or paused")
 
     class Meta:
         model = Source
         fields = [
             "id", "name", "host", "port", "database", "username", "password", "sslmode", "ssl_root_cert", "slot_name",
-            "publication_name", "status", "created_at", "updated_at",
+            "publication_name", "slot_failover", "status", "created_at", "updated_at",
         ]  # fmt: skip
 
     def to_representation(self, instance: Any) -> Any:

@@ -10,6 +10,8 @@ urlpatterns = [
     path("sources/<str:name>", configuration.SourceView.as_view()),
     path("sources/<str:name>/check", operations.SourceCheckView.as_view()),
     path("sources/<str:name>/acknowledge_gap", operations.AcknowledgeGapView.as_view()),
+    path("sources/<str:name>/recover", operations.RecoverView.as_view()),
+    path("sources/<str:name>/events", operations.SourceEventsView.as_view()),
     path("sources/<str:name>/tables", operations.SourceTablesView.as_view()),
     path("http_endpoints", configuration.EndpointsView.as_view()),
     path("http_endpoints/<str:name>", configuration.EndpointView.as_view()),

@@ -146,6 +146,23 @@ class Migration(migrations.Migration):
             },
         ),
         migrations.CreateModel(
+            name='SourceEvent',
+            fields=[
+                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
+                ('source', models.UUIDField()),
+                ('at', models.DateTimeField()),
+                ('kind', models.TextField()),
+                ('table_name', models.TextField(null=True)),
+                ('text', models.TextField()),
+                ('backfill', models.BooleanField()),
+            ],
+            options={
+                'db_table': 'source_events',
+                'ordering': ['-id'],
+                'managed': False,
+            },
+        ),
+        migrations.CreateModel(
             name='SourceStatus',
             fields=[
                 ('source', models.UUIDField(primary_key=True, serialize=False)),
@@ -230,6 +247,7 @@ class Migration(migrations.Migration):
                 ('slot_name', models.CharField(default='sequin_slot', max_length=63, validators=[consumers.models.validate_identifier])),
                 ('publication_name', models.CharField(default='sequin_pub', max_length=63)),
                 ('status', models.CharField(choices=[('active', 'active'), ('paused', 'paused')], default='active', max_length=8)),
+                ('slot_failover', models.BooleanField(default=False, help_text='Make the slot one that standbys keep in step, Postgres 17 and newer.')),
                 ('slot_created', models.BooleanField(default=False, editable=False, help_text='We made the slot.')),
                 ('publication_created', models.BooleanField(default=False, editable=False, help_text='We made the publication.')),
             ],

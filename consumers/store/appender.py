@@ -18,9 +18,10 @@ import psycopg
 
 from consumers.store.connection import store_connection
 from consumers.store.partitions import SEQUENCE_LOCK, ensure_ahead
-from consumers.store.types import LogRow, Progress, RelationShape
+from consumers.store.types import ColumnShape, LogRow, Progress, RelationShape
 
 SOURCE_LOCK_CLASS = 0x5E9  # advisory: one reader per source
+EVENTS_KEPT = 1_000  # for each source
 CHECK_ROOM_EVERY = 100_000  # ids; far below partitions.AHEAD_IDS
 
 _COPY_SQL = (
@@ -92,25 +93,65 @@ class Appender:
         ).fetchone()
         return None if row is None else Progress(*row)
 
-    def begin_history(self, *, system_identifier: str, timeline: int, start_lsn: int) -> Progress:
-        """Begin the source's first epoch, or the next one: LSNs compare within an epoch only."""
-        row = self._conn.execute(
-            "INSERT INTO capture_progress AS p (source, epoch, system_identifier, timeline, stored_lsn, reached_lsn)"
-            " VALUES (%(source)s, 1, %(system)s, %(timeline)s, %(lsn)s, %(lsn)s)"
-            " ON CONFLICT (source) DO UPDATE SET epoch = p.epoch + 1, system_identifier = %(system)s,"
-            " timeline = %(timeline)s, stored_lsn = %(lsn)s, reached_lsn = %(lsn)s, part_lsn = 0, part_changes = 0,"
-            " updated_at = now()"
-            " RETURNING epoch, system_identifier, timeline, stored_lsn, part_lsn, part_changes, reached_lsn",
-            {"source": self.source_id, "system": system_identifier, "timeline": timeline, "lsn": start_lsn},
-        ).fetchone()
-        assert row is not None
-        return Progress(*row)
+    def begin_history(self, begun: Progress, gap: str | None = None) -> None:
+        """Let the source's first epoch begin, or the next one: LSNs compare within an epoch only.
+
+        `gap`: what may be missing from the log, until somebody acknowledges it.
+        """
+        with self._conn.transaction():
+            self._conn.execute(
+                "INSERT INTO capture_progress (source, epoch, system_identifier, timeline, stored_lsn, part_lsn, part_changes,"
+                " reached_lsn) VALUES (%s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (source) DO UPDATE SET"
+                " epoch = excluded.epoch, system_identifier = excluded.system_identifier, timeline = excluded.timeline,"
+                " stored_lsn = excluded.stored_lsn, part_lsn = excluded.part_lsn, part_changes = excluded.part_changes,"
+                " reached_lsn = excluded.reached_lsn, updated_at = now()",
+                [self.source_id, *begun],
+            )
+            if gap:
+                self.note_gap(gap)
 
     def note_gap(self, reason: str) -> None:
         """Keep in mind that changes may be missing from the log, until somebody acknowledges it."""
         self._conn.execute(
             "UPDATE capture_progress SET gap = concat_ws('; ', gap, %s::text) WHERE source = %s", [reason, self.source_id]
         )
+        self.note("gap", None, reason, backfill=True)
+
+    def note(self, kind: str, table: str | None, text: str, *, backfill: bool = False) -> None:
+        """Tell people what happened to the source, or to a table of it."""
+        self._conn.execute(
+            "INSERT INTO source_events (source, kind, table_name, text, backfill) VALUES (%s, %s, %s, %s, %s)",
+            [self.source_id, kind, table, text[:2000], backfill],
+        )
+        self._conn.execute(
+            "DELETE FROM source_events WHERE source = %(source)s AND id <= (SELECT id FROM source_events WHERE source = %(source)s"
+            " ORDER BY id DESC OFFSET %(keep)s LIMIT 1)",
+            {"source": self.source_id, "keep": EVENTS_KEPT},
+        )
+
+    def known_tables(self) -> dict[str, list[int]] | None:
+        """What `remember_tables` was last told."""
+        row = self._conn.execute("SELECT tables FROM source_status WHERE source = %s", [self.source_id]).fetchone()
+        return None if row is None else row[0]
+
+    def remember_tables(self, tables: dict[str, list[int]]) -> None:
+        """Keep which tables are published and which others there are, to see later what changed."""
+        self._conn.execute(
+            "UPDATE source_status SET tables = %s WHERE source = %s AND tables IS DISTINCT FROM %s::jsonb",
+            [json.dumps(tables), self.source_id, json.dumps(tables)],
+        )
+
+    def last_shape(self, schema: str, table: str) -> RelationShape | None:
+        """The shape under which changes of the table came last."""
+        row = self._conn.execute(
+            "SELECT oid, schema_name, table_name, columns, primary_key, replica_identity FROM relation_version"
+            " WHERE source = %s AND schema_name = %s AND table_name = %s ORDER BY seen_at DESC, id DESC LIMIT 1",
+            [self.source_id, schema, table],
+        ).fetchone()
+        if row is None:
+            return None
+        oid, schema, table, columns, primary_key, identity = row
+        return RelationShape(oid, schema, table, tuple(ColumnShape(**c) for c in columns), tuple(primary_key), identity)
 
     def register_relation(self, epoch: int, shape: RelationShape) -> int:
         """The id of this shape of the table; the same shape has the same id."""
@@ -119,7 +160,7 @@ class Appender:
         row = self._conn.execute(
             "INSERT INTO relation_version (source, epoch, oid, schema_name, table_name, columns, primary_key,"
             " replica_identity, digest) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)"
-            " ON CONFLICT (source, epoch, oid, digest) DO UPDATE SET seen_at = now() RETURNING id",
+            " ON CONFLICT (source, epoch, oid, digest) DO UPDATE SET seen_at = clock_timestamp() RETURNING id",
             [
                 self.source_id, epoch, shape.oid, shape.schema, shape.table, columns, list(shape.primary_key),
                 shape.replica_identity, digest,

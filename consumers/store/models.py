@@ -135,6 +135,26 @@ class SourceStatus(models.Model):
         return self.state
 
 
+class SourceEvent(models.Model):
+    """What happened to a source that people should know."""
+
+    source = models.UUIDField()
+    at = models.DateTimeField()
+    kind = models.TextField()
+    table_name = models.TextField(null=True)
+    text = models.TextField()
+    backfill = models.BooleanField()
+
+    class Meta:
+        app_label = "consumers"
+        managed = False
+        db_table = "source_events"
+        ordering = ["-id"]
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class ConsumerPosition(models.Model):
     """A consumer's place in the log, and how many messages it has in which state."""
 

@@ -78,14 +78,27 @@ create table capture_progress (
 
 create table source_status (
     source         uuid primary key,
-    state          text not null,
+    state          text not null,   -- active, or the name of what is wrong
     reasons        text[] not null default '{}',
     retained_bytes bigint,
+    tables         jsonb,           -- {"published": [oid, …], "others": [oid, …]} when last looked
     source_lsn     bigint,
     confirmed_lsn  bigint,
     since          timestamptz not null default now(),  -- when this state began
     at             timestamptz not null default now()
 ) with (fillfactor = 50);
+
+-- What happened to a source that people should know: gaps, changed tables, rows rewritten without being sent.
+create table source_events (
+    id         bigint generated always as identity primary key,
+    source     uuid not null,
+    at         timestamptz not null default now(),
+    kind       text not null,
+    table_name text,
+    text       text not null,
+    backfill   boolean not null default false  -- a backfill of the table brings what was not sent
+);
+create index source_events_source on source_events (source, id);
 
 -- The consumers ------------------------------------------------------------------------------------------------
 

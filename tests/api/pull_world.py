@@ -25,7 +25,7 @@ from django.db import connection
 from consumers.models import Consumer, Source
 from consumers.store import lifecycle
 from consumers.store.appender import Appender
-from consumers.store.types import ColumnShape, LogRow, RelationShape
+from consumers.store.types import ColumnShape, LogRow, Progress, RelationShape
 from consumers.tokens import create_token
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,8 @@ class Log:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.appender = Appender(source.pk)
-        self.progress = self.appender.begin_history(system_identifier="1", timeline=1, start_lsn=100)
+        self.progress = Progress(1, "1", 1, 100, 0, 0, 100)
+        self.appender.begin_history(self.progress)
         self.relations: dict[str, int] = {}
 
     def append(self, keys: Iterator[int] | range | list[int], table: str = "orders", *, notify: bool = True) -> None:

@@ -53,7 +53,7 @@ def test_a_source_whose_reader_reports_is_ok(client: Client, source: Source, log
 
 
 def test_a_failing_source_is_503_with_its_reason(client: Client, source: Source, log: Log) -> None:
-    lifecycle.set_source_status(source.pk, "failing", ["slot sequin_slot is lost"])
+    lifecycle.set_source_status(source.pk, "slot_lost", ["slot sequin_slot is lost"])
     status, body = health(client)
     assert status == 503 and body["status"] == "failing"
     assert body["sources"][0]["reasons"] == ["slot sequin_slot is lost"]

@@ -307,10 +307,10 @@ def kill_loop(source: Source, source_database: SourceDatabase, reader_class: typ
     finally:
         stopping.set()
         writer.join()
-    return committed, [int(json.loads(row[0])["id"]) for row in finish(source, committed)]
+    return committed, [int(record["id"]) for record in map(json.loads, finish(source, committed)) if record]
 
 
-def finish(source: Source, committed: set[int]) -> list[tuple[Any, ...]]:
+def finish(source: Source, committed: set[int]) -> list[str]:
     """Let an honest reader take what is left: up to the source's present end."""
     appender = Appender(source.pk)
     last = max(committed)
@@ -319,7 +319,7 @@ def finish(source: Source, committed: set[int]) -> list[tuple[Any, ...]]:
 
         def done() -> bool:
             found = rows("record")
-            return bool(found) and json.loads(found[-1][0])["id"] >= last
+            return bool(found) and json.loads(found[-1][0]).get("id", 0) >= last
 
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
@@ -330,7 +330,7 @@ def finish(source: Source, committed: set[int]) -> list[tuple[Any, ...]]:
                 time.sleep(0.1)
     finally:
         appender.close()
-    return rows("record")
+    return [row[0] for row in rows("record")]
 
 
 def test_sigkill_loses_nothing_and_doubles_nothing(source_database: SourceDatabase, make_source: Any, long_run: bool) -> None:

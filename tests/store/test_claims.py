@@ -12,7 +12,7 @@ from django.db import connection
 from consumers.models import Consumer, Source
 from consumers.store import claims, lifecycle
 from consumers.store.appender import Appender, ProgressMoved
-from consumers.store.types import ColumnShape, Failure, LogRow, RelationShape
+from consumers.store.types import ColumnShape, Failure, LogRow, Progress, RelationShape
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -25,7 +25,8 @@ class Log:
     def __init__(self) -> None:
         self.source = Source.objects.create(name=f"s-{uuid4().hex[:6]}", host="localhost", database="d", username="u", status="paused")
         self.appender = Appender(self.source.pk)
-        self.progress = self.appender.begin_history(system_identifier="1", timeline=1, start_lsn=100)
+        self.progress = Progress(1, "1", 1, 100, 0, 0, 100)
+        self.appender.begin_history(self.progress)
         shape = RelationShape(OID, "public", "orders", (ColumnShape("id", 20, -1, "bigint"),), ("id",), "d")
         self.relation = self.appender.register_relation(1, shape)
         self.lsn = 1000

@@ -8,7 +8,7 @@ from django.core.management.base import BaseCommand, CommandError
 
 from consumers.models import Source
 from consumers.source_connection import SourceUnreachable
-from consumers.source_setup import check
+from consumers.preflight import check
 
 
 class Command(BaseCommand):
