@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -57,12 +58,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class SourceDatabase:
-    """A database of its own on the test server, as a user's would be: an owner who may replicate, no superuser."""
+class StoreServer:
+    """The test store's own server, as a place for source databases."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self) -> None:
         store = settings.DATABASES["default"]
-        self.host, self.port, self.name = str(store["HOST"]), int(store["PORT"]), name
+        self.host, self.port = str(store["HOST"]), int(store["PORT"])
+        self.user, self.password = str(store["USER"]), str(store["PASSWORD"])
+
+
+class SourceDatabase:
+    """A database of its own on a server, as a user's would be: an owner who may replicate, no superuser."""
+
+    def __init__(self, name: str, server: Any) -> None:
+        self.server, self.name = server, name
+        self.host, self.port = server.host, server.port
         self.user, self.password = name, ROLE_PASSWORD
 
     def connect(self, **options: Any) -> psycopg.Connection[Any]:
@@ -76,16 +86,23 @@ class SourceDatabase:
             cursor = conn.execute(query, parameters)  # type: ignore[arg-type]
             return cursor.fetchall() if cursor.description else []
 
-    def admin(self) -> psycopg.Connection[Any]:
-        store = settings.DATABASES["default"]
+    def admin(self, database: str = "postgres") -> psycopg.Connection[Any]:
+        server = self.server
         return psycopg.connect(
-            host=self.host, port=self.port, user=store["USER"], password=store["PASSWORD"], dbname="postgres", autocommit=True
+            host=server.host, port=server.port, user=server.user, password=server.password, dbname=database, autocommit=True
         )
 
+    @property
+    def version(self) -> int:
+        """The server's major version."""
+        with self.admin() as conn:
+            return conn.info.server_version // 10_000
 
-@pytest.fixture
-def source_database() -> Iterator[SourceDatabase]:
-    database = SourceDatabase(f"source_{uuid4().hex[:12]}")
+
+@contextmanager
+def database_on(server: Any) -> Iterator[SourceDatabase]:
+    """A new database on a server, dropped afterwards with its slots."""
+    database = SourceDatabase(f"source_{uuid4().hex[:12]}", server)
     name = sql.Identifier(database.name)
     with database.admin() as conn:
         conn.execute(sql.SQL("CREATE ROLE {} LOGIN REPLICATION PASSWORD {}").format(name, sql.Literal(ROLE_PASSWORD)))
@@ -95,6 +112,18 @@ def source_database() -> Iterator[SourceDatabase]:
         _drop_slots(conn, database.name)
         conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
         conn.execute(sql.SQL("DROP ROLE {}").format(name))
+
+
+@pytest.fixture
+def source_server() -> Any:
+    """Where source databases are made. Tests of capture run on every server there is."""
+    return StoreServer()
+
+
+@pytest.fixture
+def source_database(source_server: Any) -> Iterator[SourceDatabase]:
+    with database_on(source_server) as database:
+        yield database
 
 
 def _drop_slots(conn: psycopg.Connection[Any], database: str) -> None:
@@ -245,5 +274,5 @@ def _empty_store(request: pytest.FixtureRequest) -> Iterator[None]:
         with store_connection() as conn:
             conn.execute(
                 "TRUNCATE messages, kept_messages, relation_version, capture_progress, source_status, consumer_position,"
-                " leases, parked, attempts, turns, heartbeats"
+                " leases, parked, attempts, turns, heartbeats, source_events"
             )

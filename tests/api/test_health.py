@@ -56,7 +56,7 @@ def test_a_failing_source_is_503_with_its_reason(client: Client, source: Source,
     lifecycle.set_source_status(source.pk, "slot_lost", ["slot sequin_slot is lost"])
     status, body = health(client)
     assert status == 503 and body["status"] == "failing"
-    assert body["sources"][0]["reasons"] == ["slot sequin_slot is lost"]
+    assert body["sources"][0]["reasons"] == ["slot_lost: slot sequin_slot is lost"]
 
 
 def test_a_gap_is_failing_until_somebody_acknowledges_it(client: Client, source: Source, log: Log) -> None:

@@ -1,0 +1,33 @@
+"""Capture is tested against every Postgres there is: the embedded one, and the system's."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster import Cluster, installed_servers
+from tests.conftest import StoreServer
+
+EMBEDDED = "18"
+SERVERS = {EMBEDDED: None, **{major: binaries for major, binaries in installed_servers().items() if major != EMBEDDED}}
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The servers that run already, by major version."""
+    running: dict[str, Any] = {EMBEDDED: StoreServer()}
+    yield running
+    for server in running.values():
+        if isinstance(server, Cluster):
+            server.remove()
+
+
+@pytest.fixture(params=sorted(SERVERS, reverse=True))
+def source_server(request: pytest.FixtureRequest, servers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    major = request.param
+    if major not in servers:
+        directory: Path = tmp_path_factory.mktemp(f"postgres-{major}")
+        servers[major] = Cluster(directory, SERVERS[major]).start()
+    return servers[major]
