@@ -1,0 +1,50 @@
+"""What is said about a table that changed, and when a backfill is suggested."""
+from __future__ import annotations
+
+import pytest
+
+from capture.shapes import differences
+from consumers.store.types import ColumnShape, RelationShape
+
+INT, TEXT, VARCHAR, NUMERIC = 23, 25, 1043, 1700
+
+
+def shape(*columns: tuple[str, int, int], oid: int = 1, key: tuple[str, ...] = ("id",), identity: str = "d") -> RelationShape:
+    names = {INT: "integer", TEXT: "text", VARCHAR: "character varying", NUMERIC: "numeric"}
+    return RelationShape(oid, "public", "t", tuple(ColumnShape(n, t, m, names[t]) for n, t, m in columns), key, identity)
+
+
+ID, A = ("id", INT, -1), ("a", TEXT, -1)
+
+
+@pytest.mark.parametrize(
+    ("after", "filled", "kind", "backfill"),
+    [
+        (shape(ID, A, ("b", TEXT, -1)), (), "columns", False),
+        (shape(ID, A, ("b", TEXT, -1)), ("b",), "columns", True),
+        (shape(ID), (), "columns", False),
+        (shape(ID, ("renamed", TEXT, -1)), (), "columns", False),
+        (shape(ID, ("a", INT, -1)), (), "type", True),
+        (shape(ID, A, oid=2), (), "recreated", True),
+        (shape(ID, A, key=()), (), "primary_key", False),
+        (shape(ID, A, identity="f"), (), "replica_identity", False),
+    ],
+)
+def test_one_difference(after: RelationShape, filled: tuple[str, ...], kind: str, backfill: bool) -> None:
+    (change,) = differences(shape(ID, A), after, filled)
+    assert (change.kind, change.backfill) == (kind, backfill)
+
+
+@pytest.mark.parametrize(("before", "after", "backfill"), [(14, 24, False), (14, -1, False), (24, 14, True)])
+def test_a_wider_varchar_rewrites_nothing(before: int, after: int, backfill: bool) -> None:
+    (change,) = differences(shape(("v", VARCHAR, before)), shape(("v", VARCHAR, after)))
+    assert change.backfill is backfill
+
+
+def test_a_numeric_of_other_precision_was_rewritten() -> None:
+    (change,) = differences(shape(("n", NUMERIC, 655366)), shape(("n", NUMERIC, 655368)))
+    assert change.backfill and "n changed" in change.text
+
+
+def test_nothing_changed() -> None:
+    assert differences(shape(ID, A), shape(ID, A)) == []
