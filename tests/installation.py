@@ -23,8 +23,8 @@ NOT_INHERITED = ("DATABASE_URL", "SECRET_KEY", "ENCRYPTION_KEYS", "SEQUIN_HOME",
 class Installation:
     """Starts with `start`, ends with `stop` or `kill`; the home stays, so it can be started again."""
 
-    def __init__(self, home: Path, *arguments: str) -> None:
-        self.home = home
+    def __init__(self, home: Path, *arguments: str, **environment: str) -> None:
+        self.home, self.environment = home, environment
         self.port = _free_port()
         self.arguments = arguments
         self.output = home.parent / f"{home.name}.out"
@@ -39,6 +39,7 @@ class Installation:
         environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         environment["SEQUIN_HOME"] = str(self.home)
         environment["SEQUIN_MIN_FREE_DISK"] = "10MB"  # whatever the machine of the tests has left
+        environment.update(self.environment)
         with open(self.output, "ab") as out:
             begin = out.tell()
             self.process = subprocess.Popen(

@@ -131,14 +131,15 @@ class Appender:
 
     def known_tables(self) -> dict[str, list[int]] | None:
         """What `remember_tables` was last told."""
-        row = self._conn.execute("SELECT tables FROM source_status WHERE source = %s", [self.source_id]).fetchone()
+        row = self._conn.execute("SELECT tables FROM source_tables WHERE source = %s", [self.source_id]).fetchone()
         return None if row is None else row[0]
 
     def remember_tables(self, tables: dict[str, list[int]]) -> None:
         """Keep which tables are published and which others there are, to see later what changed."""
         self._conn.execute(
-            "UPDATE source_status SET tables = %s WHERE source = %s AND tables IS DISTINCT FROM %s::jsonb",
-            [json.dumps(tables), self.source_id, json.dumps(tables)],
+            "INSERT INTO source_tables AS t (source, tables) VALUES (%s, %s) ON CONFLICT (source) DO UPDATE SET"
+            " tables = excluded.tables WHERE t.tables <> excluded.tables",
+            [self.source_id, json.dumps(tables)],
         )
 
     def last_shape(self, schema: str, table: str) -> RelationShape | None:

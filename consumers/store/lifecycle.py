@@ -56,7 +56,7 @@ def drop_consumer(consumer_id: UUID) -> None:
 def drop_source(source_id: UUID) -> None:
     """Forget a source's history. Its messages stay until retention drops their partitions."""
     with transaction.atomic():
-        for table in ("capture_progress", "source_status", "source_events"):
+        for table in ("capture_progress", "source_status", "source_events", "source_tables"):
             _execute(f"DELETE FROM {table} WHERE source = %s", [source_id])
 
 

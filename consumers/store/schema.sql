@@ -81,12 +81,17 @@ create table source_status (
     state          text not null,   -- active, or the name of what is wrong
     reasons        text[] not null default '{}',
     retained_bytes bigint,
-    tables         jsonb,           -- {"published": [oid, …], "others": [oid, …]} when last looked
     source_lsn     bigint,
     confirmed_lsn  bigint,
     since          timestamptz not null default now(),  -- when this state began
     at             timestamptz not null default now()
 ) with (fillfactor = 50);
+
+-- The tables of a source when capture last looked: {"published": [oid, …], "filled": [oid, …]}.
+create table source_tables (
+    source uuid primary key,
+    tables jsonb not null
+);
 
 -- What happened to a source that people should know: gaps, changed tables, rows rewritten without being sent.
 create table source_events (

@@ -25,7 +25,7 @@ from tests.conftest import wait_until
 from tests.installation import Installation, leftovers
 
 KEYS = 40
-VICTIMS = ["run_capture --reader", "run_capture", "run_workers --cluster", "run_workers", "run_web", "everything"]
+VICTIMS = ["run_capture --reader", "run_capture", "run_workers --cluster", "run_workers", "run_web", "postgres", "everything"]
 RECOVERY_S = 20  # the deadline of one recovery in the suite, on a loaded machine; the bench measures it
 PULL, PUSH = "load-pull", "load-push"
 
@@ -158,6 +158,8 @@ def strike(installation: Installation, victim: str) -> None:
         wait_until(lambda: not leftovers(installation.home), 15, "every process to be gone")
         installation.start()
         return
+    if victim == "postgres":  # the store crashes, and here the source with it
+        victim = "bin/postgres -D"
     pids = installation.pids(victim)
     if pids:
         try:

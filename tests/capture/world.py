@@ -1,0 +1,99 @@
+"""What tests of capture share: reading in this process until a condition holds, and looking into the log."""
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from django.db import connection
+
+from capture.reader import Reader
+from consumers.models import Source
+from consumers.store.appender import Appender
+from tests.conftest import wait_until
+
+
+class Logged(NamedTuple):
+    table: str
+    action: str
+    record: Any
+    changes: Any
+    key: list[str]
+    annotations: Any
+    epoch: int
+
+
+def logged(source: Source | None = None) -> list[Logged]:
+    """The log, with JSON decoded."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT r.schema_name || '.' || r.table_name, m.action, m.record, m.changes, m.key, m.annotations, m.epoch"
+            " FROM messages m JOIN relation_version r ON r.id = m.relation WHERE %(source)s::uuid IS NULL OR m.source = %(source)s"
+            " ORDER BY m.id",
+            {"source": None if source is None else source.pk},
+        )
+        return [
+            Logged(table, action, json.loads(record), changes and json.loads(changes), json.loads(key), notes and json.loads(notes), epoch)
+            for table, action, record, changes, key, notes, epoch in cursor.fetchall()
+        ]
+
+
+def events(source: Source) -> list[tuple[str, str | None, str, bool]]:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT kind, table_name, text, backfill FROM source_events WHERE source = %s ORDER BY id", [source.pk])
+        return cursor.fetchall()
+
+
+def gap(source: Source) -> str | None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT gap FROM capture_progress WHERE source = %s", [source.pk])
+        row = cursor.fetchone()
+        return None if row is None else row[0]
+
+
+def read_until(source: Source, condition: Callable[[], Any], timeout: float = 30) -> None:
+    """Read in this thread until the condition holds. Raises what the reader raises."""
+    deadline = time.monotonic() + timeout
+
+    def done() -> bool:
+        assert time.monotonic() < deadline, f"waited {timeout} s in vain; events: {events(source)}"
+        return bool(condition())
+
+    with Appender(source.pk) as appender:
+        assert appender.wait_for_source(10)
+        Reader(source, appender, stopping=done).run()
+
+
+@contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """A reader in a thread while the block runs. What it raises fails the test."""
+    stop, failed = threading.Event(), []
+
+    def run() -> None:
+        try:
+            with Appender(source.pk) as appender:
+                assert appender.wait_for_source(10)
+                Reader(source, appender, stopping=stop.is_set).run()
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            connection.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(20)
+    assert not thread.is_alive()
+    if failed:
+        raise failed[0]
+
+
+def await_messages(count: int, source: Source | None = None, timeout: float = 20) -> list[Logged]:
+    wait_until(lambda: len(logged(source)) >= count, timeout, f"{count} messages in the log")
+    return logged(source)
