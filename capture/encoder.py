@@ -5,7 +5,7 @@ way. The connection that reads has its settings pinned: UTC, ISO dates, hex byte
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from json.encoder import encode_basestring
 from typing import NamedTuple
 
@@ -37,6 +37,15 @@ class EncodedRow(NamedTuple):
 
 def text_to_json(value: bytes) -> bytes:
     return encode_basestring(value.decode()).encode()
+
+
+def any_text_to_json(value: bytes) -> bytes:
+    """For a database without an encoding: what is no UTF-8 is shown as `\\xff`."""
+    return encode_basestring(value.decode("utf-8", "backslashreplace")).encode()
+
+
+def any_json_to_json(value: bytes) -> bytes:
+    return value.decode("utf-8", "replace").encode()
 
 
 def number_to_json(value: bytes) -> bytes:
@@ -81,11 +90,16 @@ CONVERTERS: dict[str, Converter] = {
 }
 
 
-def converter_of(kind: Kind) -> Converter:
+UNENCODED: dict[str, Converter] = {
+    **CONVERTERS, "text": any_text_to_json, "json": any_json_to_json, "text_vector": _vector(any_text_to_json)
+}  # fmt: skip
+
+
+def converter_of(kind: Kind, converters: Mapping[str, Converter] = CONVERTERS) -> Converter:
     """The function for values of this kind."""
     if isinstance(kind, str):
-        return CONVERTERS[kind]
-    element = converter_of(kind.element)
+        return converters[kind]
+    element = converter_of(kind.element, converters)
     delimiter = ord(kind.delimiter)
 
     def convert(value: bytes) -> bytes:
@@ -146,11 +160,18 @@ def _unescape(text: bytes) -> bytes:
 class RowEncoder:
     """Encodes the rows of one relation version."""
 
-    def __init__(self, names: Sequence[str], kinds: Sequence[Kind], primary_key: Sequence[str], identity: Sequence[bool]) -> None:
-        """`identity` says for each column whether pgoutput sends it with a delete's or update's key."""
+    def __init__(
+        self, names: Sequence[str], kinds: Sequence[Kind], primary_key: Sequence[str], identity: Sequence[bool], *, encoded: bool = True
+    ) -> None:
+        """`identity` says for each column whether pgoutput sends it with a delete's or update's key.
+
+        `encoded`: the database has an encoding, so that every text is valid UTF-8 here.
+        """
+        converters = CONVERTERS if encoded else UNENCODED
+        self._text = converters["text"]
         self._names = [encode_basestring(name).encode() + b":" for name in names]
         self._plain_names = [encode_basestring(name).encode() for name in names]
-        self._converters = [converter_of(kind) for kind in kinds]
+        self._converters = [converter_of(kind, converters) for kind in kinds]
         self._pairs = list(zip(self._names, self._converters, strict=True))
         # A column that the publication leaves out has no place in the tuple, and a null one in the key.
         self._key = [names.index(name) if name in names else -1 for name in primary_key]
@@ -197,9 +218,12 @@ class RowEncoder:
         known = set(self._identity)
         return self.key([old[i] if i in known else new[i] for i in range(len(new))])
 
-    @staticmethod
-    def _key_text(value: Value) -> bytes:
-        return NULL if value is None or isinstance(value, Unchanged) else text_to_json(value)
+    def _key_text(self, value: Value) -> bytes:
+        return NULL if value is None or isinstance(value, Unchanged) else self._text(value)
+
+    def lacks_key(self, row: EncodedRow) -> bool:
+        """Whether a column of the primary key was not sent, because it is large and did not change: the row is not known."""
+        return row.unchanged is not None and any(i >= 0 and self._plain_names[i] in row.unchanged for i in self._key)
 
     def _value(self, index: int, value: Value) -> bytes:
         return NULL if value is None or isinstance(value, Unchanged) else self._converters[index](value)

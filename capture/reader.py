@@ -53,6 +53,7 @@ class Table(NamedTuple):
     version: int
     oid: int
     encoder: RowEncoder
+    name: str
 
 
 class Reader:
@@ -91,6 +92,7 @@ class Reader:
         self._annotations: bytes | None = None  # of the transaction, from here on
         self._tables_at = 0.0
         self._looked_lsn = 0
+        self._keyless: set[int] = set()  # oids of tables whose key was not sent, and it was said
 
     def run(self) -> None:
         """Raises SlotUnusable, NoRoom, SlotActive and StreamEnded, SourceUnreachable, ProgressMoved and psycopg's errors."""
@@ -99,7 +101,9 @@ class Reader:
         with connect(self.source) as control:
             self._catalog = Catalog(control)
             slot = self._look(control)
-            with ReplicationStream(conninfo(self.source, replication=True, application_name=name)) as stream:
+            self._encoded = surroundings.has_encoding(control)
+            parameters = conninfo(self.source, replication=True, application_name=name, encoded=self._encoded)
+            with ReplicationStream(parameters) as stream:
                 self._progress = self._open_history(slot, stream)
                 self._done_lsn = self._progress.stored_lsn
                 try:
@@ -193,7 +197,10 @@ class Reader:
                 update = pgoutput.decode(data)
                 assert isinstance(update, pgoutput.Update)
                 table = self._tables[update.oid]
-                self._add(b"U", table, table.encoder.update(update.old_kind, update.old, update.new))
+                row = table.encoder.update(update.old_kind, update.old, update.new)
+                if row.unchanged is not None and table.encoder.lacks_key(row):
+                    self._tell_missing_key(table)
+                self._add(b"U", table, row)
         elif tag == DELETE:
             if self._wanted():
                 delete = pgoutput.decode(data)
@@ -294,8 +301,11 @@ class Reader:
             [kind for kind, _ in kinds],
             primary_key,
             [column.is_key for column in relation.columns],
+            encoded=self._encoded,
         )
-        return Table(self._appender.register_relation(self._progress.epoch, shape), relation.oid, encoder)
+        self._keyless.discard(relation.oid)
+        version = self._appender.register_relation(self._progress.epoch, shape)
+        return Table(version, relation.oid, encoder, f"{shape.schema}.{shape.table}")
 
     def _tell_changes(self, shape: RelationShape) -> None:
         """Say what happened to the table since its last change was stored."""
@@ -312,6 +322,17 @@ class Reader:
             self._appender.note(change.kind, table, change.text, backfill=change.backfill)
 
     # The slot and its surroundings --------------------------------------------------------------------------------
+
+    def _tell_missing_key(self, table: Table) -> None:
+        """Once for each shape of a table: the key is too large to be sent with every update. It is never guessed."""
+        if table.oid in self._keyless:
+            return
+        self._keyless.add(table.oid)
+        self._appender.note(
+            "key_not_sent", table.name,
+            "its primary key holds values so large that the server does not send them with updates: such messages have null in"
+            f" record_pks. Run on the source: ALTER TABLE {table.name} REPLICA IDENTITY FULL",
+        )  # fmt: skip
 
     def _look(self, control: psycopg.Connection[Any]) -> Slot:
         """Read the slot's state. Raises SlotUnusable."""

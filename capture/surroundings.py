@@ -33,6 +33,12 @@ class Slot(NamedTuple):
     """What people should know although all is well."""
 
 
+def has_encoding(control: psycopg.Connection[Any]) -> bool:
+    """False for a SQL_ASCII database: the server converts nothing there, and refuses to where text is no UTF-8."""
+    row = control.execute("SELECT pg_encoding_to_char(encoding) FROM pg_database WHERE datname = current_database()").fetchone()
+    return row is None or row[0] != "SQL_ASCII"
+
+
 def look_at_slot(control: psycopg.Connection[Any], source: Source) -> Slot:
     """Read the slot's state. Raises SlotUnusable."""
     invalid = "s.invalidation_reason" if control.info.server_version >= 170_000 else "NULL"

@@ -55,8 +55,13 @@ class SourceUnreachable(Exception):
         super().__init__(f"cannot connect to {host}:{port}: {reason}" + (f". {more[0].upper()}{more[1:]}" if more else ""))
 
 
-def conninfo(source: SourceParameters, *, replication: bool = False, application_name: str = APPLICATION_NAME) -> str:
-    """The libpq connection string of a source, password included: never log it."""
+def conninfo(
+    source: SourceParameters, *, replication: bool = False, application_name: str = APPLICATION_NAME, encoded: bool = True
+) -> str:
+    """The libpq connection string of a source, password included: never log it.
+
+    `encoded`: the database has an encoding, so that the server can convert text to UTF-8.
+    """
     options = " ".join(f"-c {name}={value}" for name, value in PINNED_SETTINGS.items())
     parameters: dict[str, Any] = {
         "host": source.host,
@@ -67,7 +72,7 @@ def conninfo(source: SourceParameters, *, replication: bool = False, application
         "sslmode": source.effective_sslmode,
         "sslrootcert": _root_certificate(source.ssl_root_cert),
         "application_name": application_name,
-        "client_encoding": "UTF8",
+        "client_encoding": "UTF8" if encoded else "SQL_ASCII",
         "connect_timeout": CONNECT_TIMEOUT_S,
         "keepalives_idle": 15,
         "keepalives_interval": 5,

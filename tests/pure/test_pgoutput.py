@@ -86,3 +86,18 @@ def test_a_logical_message() -> None:
 
 def test_types_and_enums_are_announced() -> None:
     assert any(isinstance(m, pgoutput.Type) and m.name == "mood" for m in map(decode, messages("insert")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_message_with_a_flipped_byte_is_malformed_or_another_message(name: str) -> None:
+    """Never a hang, never an error of another type, and never a value read beyond the message."""
+    for data in messages(name):
+        for at in range(len(data)):
+            for bit in (0x01, 0x80, 0xFF):
+                flipped = data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :]
+                try:
+                    found = decode(flipped)
+                except MalformedMessage:
+                    continue
+                values = [value for field in found if isinstance(field, list) for value in field]
+                assert sum(len(value) for value in values if isinstance(value, bytes)) < len(flipped)

@@ -1,0 +1,301 @@
+"""Every type arrives as the source's own to_json writes it, or as its text where the contract says so."""
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from consumers.models import Source
+from tests.capture.world import await_messages, events, logged, read_until, reading
+from tests.conftest import SourceDatabase, database_on
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+NASTY = ["''", "'NULL'", "'null'", r"E'q\"uote\\back\\nline\\ttab\\u0001ctl\\u001F\\u007F'", r"E'\\u2028\\u2029\\u00e9e\\u0301'", "'😀,{}\"'", "'  spaces  '"]
+DATES = ["'2026-11-23'", "'infinity'", "'-infinity'", "'4713-01-01 BC'", "'0001-12-31 BC'", "'12026-02-03'", "'5874897-12-31'"]
+MOMENTS = ["2026-11-23 12:00:00.5", "infinity", "-infinity", "0044-03-15 00:00:00 BC", "12026-01-01 00:00:00", "1999-12-31 23:59:59.999999"]
+
+# type → values as SQL. Each also goes into an array and an array of arrays, with NULL among the elements.
+SCALARS: dict[str, list[str]] = {
+    "smallint": ["'-32768'", "32767", "0"],
+    "integer": ["'-2147483648'", "2147483647"],
+    "bigint": ["'-9223372036854775808'", "9223372036854775807", "9007199254740993"],
+    "oid": ["0", "4294967295"],
+    "numeric": ["repeat('9', 1000)::numeric", "('0.' || repeat('1', 900))::numeric", "'NaN'", "-0.00", "1.50", "1e100", "-1e-20"],
+    "numeric(10,2)": ["1.5", "-99999999.99", "0"],
+    "real": ["1.1", "'NaN'", "'Infinity'", "'-Infinity'", "'-0'", "3.4028235e38", "1e-45"],
+    "double precision": ["0.1", "'NaN'", "'Infinity'", "'-Infinity'", "'-0'", "1e-300", "1.7976931348623157e308", "5e-324", "123456789012345680"],
+    "boolean": ["true", "false"],
+    "text": NASTY,
+    "varchar": NASTY,
+    "varchar(9)": ["'x'", "'123456789'"],
+    "char(5)": ["'ab'", "''", "'abcde'"],
+    '"char"': ["'c'", "''", "'\"'"],
+    "name": ["'n'", "'Name with \"quotes\"'"],
+    "bytea": [r"'\x'", r"'\x00ff'", "'\\xdeadbeef'"],
+    "uuid": ["'6a63bbb1-6ac1-4adf-9562-f1094c72216f'"],
+    "date": DATES,
+    "time": ["'00:00'", "'24:00'", "'23:59:59.999999'"],
+    "timetz": ["'10:00+02'", "'23:59:59.999999-15:59'", "'00:00+05:30'"],
+    "timestamp": [f"'{moment}'" for moment in MOMENTS],
+    "timestamp(0)": ["'2026-11-23 12:00:00.5'"],
+    "timestamptz": [f"'{moment}'" if "infinity" in moment else f"'{moment.replace(' BC', '')}+05:30{' BC' if 'BC' in moment else ''}'" for moment in MOMENTS],
+    "interval": ["'1 year 2 mons -3 days 04:05:06.7'", "'0'", "'-1 day'", "'178000000 years'"],
+    "json": ["'{\"a\": [1, 1e400], \"b\":\"\\u0000\"}'", "'{\"k\":1,\n \"k\":2}'", "'null'", "'  [ ]  '", "'\"text\"'"],
+    "jsonb": ["('{\"n\": ' || repeat('7', 400) || '}')::jsonb", "'{\"z\": 1, \"a\": {\"b\": [null, \"NULL\", \"q\\\"\"]}}'", "'null'", "'\"x\"'"],
+    "jsonpath": ["'$.a[*] ? (@ > 1)'"],
+    "xml": ["'<a b=\"c\">d&amp;</a>'"],
+    "inet": ["'10.0.0.1/8'", "'::1'"],
+    "cidr": ["'10.0.0.0/8'", "'2001:db8::/32'"],
+    "macaddr": ["'08:00:2b:01:02:03'"],
+    "macaddr8": ["'08:00:2b:01:02:03:04:05'"],
+    "bit(4)": ["B'1010'"],
+    "varbit": ["B'101'", "B''"],
+    "money": ["'12.34'", "'-1234567.89'"],
+    "point": ["'(1,2.5)'"],
+    "line": ["'{1,2,3}'"],
+    "lseg": ["'[(1,2),(3,4)]'"],
+    "box": ["'((1,1),(0,0))'"],
+    "path": ["'[(1,2),(3,4)]'"],
+    "polygon": ["'((0,0),(1,1),(1,0))'"],
+    "circle": ["'<(1,2),3>'"],
+    "tsvector": ["'fat:2 cat:3A'"],
+    "tsquery": ["'fat & !rat'"],
+    "pg_lsn": ["'16/B374D848'"],
+    "xid8": ["'4294967301'"],
+    "txid_snapshot": ["'10:20:10,14'"],
+    "int4range": ["'[1,5)'", "'empty'", "'(,)'"],
+    "numrange": ["'[1.5,NaN)'"],
+    "tstzrange": ["'[2026-01-01 00:00+00,)'"],
+    "daterange": ["'[2026-01-01,2026-02-01)'"],
+    "int4multirange": ["'{[1,3),[5,8)}'", "'{}'"],
+    "regclass": ["'pg_class'"],
+    "regtype": ["'integer'"],
+    "mood": ["'calm'", "'very calm'", "'a,b\"c'"],
+    "percent": ["12.50", "100"],
+    "label": NASTY[:3],
+    "inner_percent": ["7.25"],
+    "pair": ["'(1,\"x, y\")'", "'(,)'"],
+}  # fmt: skip
+# Their own text, although to_json would take them apart or cast them.
+AS_TEXT = ("pair", "pair[]", "hstore")
+PLAIN: dict[str, list[str]] = {
+    "int2vector": ["'1 2 3'"], "oidvector": ["'1 4294967295'"], "int[]": ["'[0:1]={5,6}'", "'{}'", "'[2:3][0:1]={{1,2},{3,4}}'"],
+    "tags": ["'{a,\"b,c\"}'"], "box[]": ["ARRAY['((1,1),(0,0))'::box, '((2,2),(1,1))'::box]"],
+    "text[]": [r"ARRAY['a,b', 'c\"d', 'NULL', NULL, 'e\f', '', '{}', ' ', 'é']", "'{{a,b},{c,NULL}}'", "'{{{x}}}'"],
+}  # fmt: skip
+EXTENSIONS = {"hstore": ["'a=>1, \"b c\"=>NULL'"], "citext": ["'ÄbC'"], "ltree": ["'a.b.c'"], "vector": ["'[1,2.5,-3]'"]}
+SETUP = [
+    "CREATE TYPE mood AS ENUM ('calm', 'very calm', 'a,b\"c')", "CREATE DOMAIN percent AS numeric(5, 2)",
+    "CREATE DOMAIN label AS text CHECK (VALUE <> 'forbidden')", "CREATE DOMAIN inner_percent AS percent", "CREATE DOMAIN tags AS text[]",
+    "CREATE TYPE pair AS (a int, b text)",
+]  # fmt: skip
+
+
+def exact(text: str) -> Any:
+    """JSON with its numbers as they are written, and members in order, doubles included."""
+    return json.loads(
+        text, parse_int=lambda t: ("number", t), parse_float=lambda t: ("number", t), object_pairs_hook=lambda pairs: ("object", pairs)
+    )
+
+
+def everything(conn: psycopg.Connection[Any]) -> dict[str, list[str]]:
+    """Each type this server has, with its values; scalars in arrays too."""
+    scalars = dict(SCALARS)
+    try:
+        conn.execute("SELECT '<a/>'::xml")
+    except psycopg.Error:
+        del scalars["xml"]  # this server was built without libxml
+    types = {**scalars, **PLAIN}
+    for name, values in scalars.items():
+        typed = [f"{value}::{name}" for value in values]
+        flat = f"ARRAY[{', '.join(typed)}, NULL]::{name}[]"
+        types.setdefault(f"{name}[]", []).extend([flat, f"ARRAY[{flat}, {flat}]", f"'{{}}'::{name}[]"])
+    for name, values in EXTENSIONS.items():
+        try:
+            conn.execute(sql.SQL("CREATE EXTENSION {}").format(sql.Identifier(name)))
+        except psycopg.Error:
+            continue
+        types[name] = values
+    return types
+
+
+def test_values_are_what_to_json_gives(source_database: SourceDatabase, make_source: Any) -> None:
+    for statement in SETUP:
+        source_database.execute(statement)
+    with source_database.admin(source_database.name) as conn:
+        types = everything(conn)
+    assert len(types) >= 120
+    # Too many columns for one row's width at times: a table for each letter of the alphabet's worth of types.
+    names = sorted(types)
+    tables = [names[at : at + 40] for at in range(0, len(names), 40)]
+    settings = "-c timezone=UTC -c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=1"
+    expected: list[tuple[list[str], str]] = []
+    source = None
+    for number, chosen in enumerate(tables):
+        columns = ", ".join(f"c{i} {kind}" for i, kind in enumerate(chosen))
+        source_database.execute(f"CREATE TABLE v{number} (id int PRIMARY KEY, {columns})")
+    source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE " + ", ".join(f"v{n}" for n in range(len(tables))))
+    source = make_source()
+    with source_database.connect(options=settings) as conn:
+        for number, chosen in enumerate(tables):
+            most = max(len(types[kind]) for kind in chosen)
+            for row in range(most + 1):  # the last is all NULL
+                values = ", ".join(types[kind][row] if row < len(types[kind]) else "NULL" for kind in chosen)
+                conn.execute(f"INSERT INTO v{number} VALUES ({row}, {values})")  # type: ignore[arg-type]
+            shown = ", ".join(
+                f"{f'c{i}::text' if kind in AS_TEXT and not kind.endswith('[]') else f'c{i}::text[]' if kind in AS_TEXT else f'c{i}'} AS c{i}"
+                for i, kind in enumerate(chosen)
+            )
+            found = conn.execute(f"SELECT to_json(e)::text FROM (SELECT id, {shown} FROM v{number} ORDER BY id) e")  # type: ignore[arg-type]
+            expected += [(chosen, text) for (text,) in found.fetchall()]
+    read_until(source, lambda: raw_records() >= len(expected))
+    for record, (chosen, text) in zip(raw(), expected, strict=True):
+        mine, theirs = dict(exact(record)[1]), dict(exact(text)[1])
+        for i, kind in enumerate(chosen):
+            assert mine[f"c{i}"] == theirs[f"c{i}"], f"{kind}: {types[kind]}"
+
+
+def raw() -> list[str]:
+    from django.db import connection
+
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT record FROM messages ORDER BY id")
+        return [row[0] for row in cursor.fetchall()]
+
+
+def raw_records() -> int:
+    from django.db import connection
+
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM messages")
+        return int(cursor.fetchone()[0])
+
+
+def test_an_enum_value_added_after_the_start(source_database: SourceDatabase, make_source: Any) -> None:
+    source_database.execute("CREATE TYPE mood AS ENUM ('calm')")
+    source_database.execute("CREATE TABLE t (id int PRIMARY KEY, m mood, ms mood[])")
+    source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
+    source = make_source()
+    with reading(source):
+        source_database.execute("INSERT INTO t VALUES (1, 'calm')")
+        await_messages(1)
+        source_database.execute("ALTER TYPE mood ADD VALUE 'wild'")
+        source_database.execute("INSERT INTO t VALUES (2, 'wild', '{wild,calm}')")
+        assert await_messages(2)[1].record == {"id": 2, "m": "wild", "ms": ["wild", "calm"]}
+
+
+def test_settings_of_role_and_database_do_not_bend_values(source_database: SourceDatabase, make_source: Any) -> None:
+    source_database.execute("CREATE TABLE t (id int PRIMARY KEY, d date, z timestamptz, i interval, f float8, b bytea)")
+    source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
+    bent = {"DateStyle": "'SQL, DMY'", "TimeZone": "'Asia/Kolkata'", "IntervalStyle": "'iso_8601'", "extra_float_digits": "-10",
+            "bytea_output": "'escape'", "search_path": "nowhere"}  # fmt: skip
+    with source_database.admin() as conn:
+        for name, value in bent.items():
+            conn.execute(f"ALTER ROLE {source_database.name} SET {name} = {value}")  # type: ignore[arg-type]
+            conn.execute(f"ALTER DATABASE {source_database.name} SET {name} = {value}")  # type: ignore[arg-type]
+    source = make_source()
+    source_database.execute(
+        "INSERT INTO public.t VALUES (1, '2026-02-03', '2026-02-03 04:05:06+00', '1 day 2 hours', 0.1, '\\x00ff')"
+    )
+    read_until(source, lambda: logged())
+    assert logged()[0].record == {
+        "id": 1, "d": "2026-02-03", "z": "2026-02-03T04:05:06+00:00", "i": "1 day 02:00:00", "f": 0.1, "b": "\\x00ff"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_databases_in_other_encodings(source_server: Any, encoding: str, transactional_db: None) -> None:
+    with database_on(source_server) as database:
+        with database.admin() as conn:
+            provider = " LOCALE_PROVIDER libc" if conn.info.server_version >= 150_000 else ""
+            conn.execute(f"CREATE DATABASE {database.name}_e ENCODING '{encoding}' TEMPLATE template0 LOCALE 'C'{provider}")  # type: ignore[arg-type]
+        try:
+            with database.admin(f"{database.name}_e") as conn:
+                conn.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
+                conn.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
+                source = Source(
+                    name="other", host=database.host, port=database.port, database=f"{database.name}_e",
+                    username=database.server.user, password=database.server.password, slot_name=f"{database.name}_e",
+                )  # fmt: skip
+                from consumers import changes
+
+                changes.save(source)
+                conn.execute("INSERT INTO t VALUES (1, convert_from('\\x63616665', 'SQL_ASCII'))")
+                if encoding == "LATIN1":
+                    conn.execute("INSERT INTO t VALUES (2, chr(233))")
+                else:
+                    conn.execute("SET client_encoding = 'SQL_ASCII'")
+                    conn.pgconn.exec_(b"INSERT INTO t VALUES (2, 'caf\xff')")
+                read_until(source, lambda: len(logged()) >= 2)
+            assert [row.record["v"] for row in logged()] == ["cafe", "é" if encoding == "LATIN1" else "caf\\xff"]
+        finally:
+            with database.admin() as conn:
+                from tests.conftest import _drop_slots
+
+                _drop_slots(conn, f"{database.name}_e")
+                conn.execute(f"DROP DATABASE {database.name}_e WITH (FORCE)")  # type: ignore[arg-type]
+
+
+def test_odd_names_and_a_huge_field(source_database: SourceDatabase, make_source: Any) -> None:
+    source_database.execute('CREATE SCHEMA "a""b c"')
+    source_database.execute('CREATE TABLE "a""b c"."Sélect ✓.x" ("sel ect" int PRIMARY KEY, "é""\\\\" text, "' + "n" * 63 + '" text)')
+    source_database.execute('CREATE PUBLICATION "pub""lic" FOR TABLE "a""b c"."Sélect ✓.x"')
+    source = make_source(publication_name='pub"lic')
+    source_database.execute("INSERT INTO \"a\"\"b c\".\"Sélect ✓.x\" VALUES (1, 'v', repeat('x', 100000000))")
+    read_until(source, lambda: raw_records() >= 1, timeout=60)
+    (row,) = logged()
+    assert row.table == 'a"b c.Sélect ✓.x' and row.key == ["1"]
+    assert row.record["sel ect"] == 1 and row.record['é"\\\\'] == "v" and len(row.record["n" * 63]) == 100_000_000
+
+
+IDENTITY = "CREATE TABLE t (id int PRIMARY KEY, code text NOT NULL UNIQUE, big text, n int); ALTER TABLE t ALTER big SET STORAGE EXTERNAL"
+
+
+@pytest.mark.parametrize("identity", ["DEFAULT", "FULL", "USING INDEX t_code_key"])
+def test_updates_deletes_and_toast_under_each_identity(source_database: SourceDatabase, make_source: Any, identity: str) -> None:
+    source_database.execute(IDENTITY)
+    source_database.execute(f"ALTER TABLE t REPLICA IDENTITY {identity}")
+    source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
+    source = make_source()
+    big = "b" * 9000
+    with source_database.connect() as conn:
+        conn.execute("INSERT INTO t VALUES (1, 'c1', repeat('b', 9000), NULL)")
+        conn.execute("UPDATE t SET n = 5")
+        conn.execute("UPDATE t SET id = 2, code = 'c2'")
+        conn.execute("DELETE FROM t")
+    read_until(source, lambda: raw_records() >= 4)
+    _, touched, moved, gone = logged()
+    whole = {"id": 1, "code": "c1", "big": big, "n": 5}
+    if identity == "FULL":
+        assert touched.record == whole and touched.changes == {"n": None}
+        assert moved.record == {**whole, "id": 2, "code": "c2"} and moved.changes == {"id": 1, "code": "c1"}
+        assert gone.record == moved.record and gone.key == ["2"]
+    else:
+        sent = {name: value for name, value in whole.items() if name != "big"}
+        assert touched.record == sent and touched.changes == {}
+        assert moved.record == {**sent, "id": 2, "code": "c2"}
+        assert moved.changes == ({"id": 1} if identity == "DEFAULT" else {"code": "c1"})
+        assert gone.record == ({"id": 2} if identity == "DEFAULT" else {"code": "c2"})
+        assert gone.key == (["2"] if identity == "DEFAULT" else [None])
+    assert touched.key == ["1"] and moved.key == ["2"]
+
+
+def test_a_key_that_was_not_sent_is_taken_from_the_old_row_or_known_to_be_missing(source_database: SourceDatabase, make_source: Any) -> None:
+    source_database.execute("CREATE TABLE t (id text PRIMARY KEY, n int); ALTER TABLE t ALTER id SET STORAGE EXTERNAL")
+    source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
+    source = make_source()
+    with source_database.connect() as conn:
+        conn.execute("INSERT INTO t VALUES (repeat('k', 2500), 1)")
+        conn.execute("UPDATE t SET n = 2")
+        conn.execute("ALTER TABLE t REPLICA IDENTITY FULL")
+        conn.execute("UPDATE t SET n = 3")
+    read_until(source, lambda: raw_records() >= 3)
+    inserted, keyless, keyed = logged()
+    assert inserted.key == keyed.key == ["k" * 2500]
+    assert keyless.key == [None] and "id" not in keyless.record, "never a guess"
+    kind, table, text, _ = events(source)[0]
+    assert (kind, table) == ("key_not_sent", "public.t") and "REPLICA IDENTITY FULL" in text
