@@ -7,16 +7,24 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import certifi
 import pycurl
 
 from delivery.push.addresses import Network, is_allowed
+
+try:
+    from certifi import where as authorities
+except ImportError:  # then those of the system
+
+    def authorities() -> str:
+        return ssl.get_default_verify_paths().cafile or ""
+
 
 ANSWER_BYTES = 65_536  # of an answer's body; more is not read, and the connection not kept
 HEAD_BYTES = 65_536  # of its headers; with more it is no answer
@@ -74,7 +82,7 @@ class Exchange:
         curl.setopt(pycurl.NETRC, pycurl.NETRC_IGNORED)
         curl.setopt(pycurl.NOSIGNAL, 1)
         curl.setopt(pycurl.USERAGENT, "sequin")
-        curl.setopt(pycurl.CAINFO, certifi.where())
+        curl.setopt(pycurl.CAINFO, authorities())
         curl.setopt(pycurl.MAXLIFETIME_CONN, CONNECTION_LIFE_S)
         curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open)
         curl.setopt(pycurl.HEADERFUNCTION, self._take_head)
@@ -173,12 +181,12 @@ class Exchange:
         self._head_bytes += len(line)
         if self._head_bytes > HEAD_BYTES:
             return 0
-        if line in (b"\r\n", b"\n"):
-            self._complete = not self._interim
-            self._line_is_status = True
-        elif self._line_is_status:
+        if self._line_is_status:
             self._line_is_status = False
             self._interim = line[9:10] == b"1"  # of HTTP/1.1 100
+        elif line in (b"\r\n", b"\n"):
+            self._complete = not self._interim
+            self._line_is_status = True
         elif line[:12].lower() == b"retry-after:":
             self._retry_after = _value(line)
         elif line[:9].lower() == b"location:":
@@ -198,18 +206,22 @@ def refusal(host: str, addresses: Sequence[str]) -> str:
     return f"{host} is {found}: not a public address, and in no network of SEQUIN_ALLOWED_NETWORKS"
 
 
-def _header_lines(headers: dict[str, str]) -> list[bytes]:
+def _header_lines(headers: dict[str, str]) -> list[str] | list[bytes]:
     """As curl takes them: `name;` is a header without a value, `Expect:` one that is not sent."""
-    lines = [b"Expect:"]
+    lines = ["Expect:"]
     for name, value in headers.items():
         value = value.strip()
-        try:
-            lines.append((f"{name}: {value}" if value else f"{name};").encode("latin-1"))
-        except UnicodeEncodeError:
-            raise ValueError(f"the header {name!a} is not Latin-1 text") from None
-        if b"\n" in lines[-1] or b"\r" in lines[-1] or b"\0" in lines[-1]:
-            raise ValueError(f"the header {name!a} is not one line")
-    return lines
+        lines.append(f"{name}: {value}" if value else f"{name};")
+    # Neither text may show a value: it can be a secret.
+    together = "".join(lines)
+    if "\n" in together or "\r" in together or "\0" in together:
+        raise ValueError("a header is not one line")
+    if together.isascii():
+        return lines
+    try:
+        return [line.encode("latin-1") for line in lines]
+    except UnicodeEncodeError:
+        raise ValueError("a header is not Latin-1 text") from None
 
 
 def _value(line: bytes) -> str:

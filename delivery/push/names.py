@@ -20,8 +20,9 @@ USABLE_S = 60.0  # so long it is used while it is looked up anew; after that a r
 MAX_THREADS = 64
 KEPT_NAMES = 4096
 
-# What is not plainly a name (a literal address, one outside ASCII, nonsense) is left to libcurl.
-_NAME = re.compile(r"(?![0-9.]+$)[0-9A-Za-z_-][0-9A-Za-z_.-]*")
+# What is not plainly a name (an address in any notation, a name outside ASCII, nonsense) is left to libcurl.
+_NAME = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z_.-]*")
+_NUMBER_AT_THE_END = re.compile(r"(?:.*\.)?(?:0[xX][0-9A-Fa-f]*|[0-9]+)\.?")
 
 
 @dataclass(slots=True)
@@ -48,7 +49,7 @@ class Names:
         self._names: dict[str, Name | None] = {}
         self._work: queue.SimpleQueue[Name | None] = queue.SimpleQueue()
         self._threads = 0
-        self._idle = 0
+        self._unfinished = 0
         self._lock = threading.Lock()
 
     def get(self, url: str, now: float) -> Name | None:
@@ -72,22 +73,19 @@ class Names:
             self._work.put(None)
 
     def _look_up(self, name: Name) -> None:
-        self._work.put(name)
         with self._lock:
-            if self._idle < self._work.qsize() and self._threads < MAX_THREADS:
-                self._threads += 1
-                threading.Thread(target=self._serve, name="push-names", daemon=True).start()
+            self._unfinished += 1
+            wanted = self._unfinished > self._threads and self._threads < MAX_THREADS
+            self._threads += wanted
+        self._work.put(name)
+        if wanted:
+            threading.Thread(target=self._serve, name="push-names", daemon=True).start()
 
     def _serve(self) -> None:
-        while True:
-            with self._lock:
-                self._idle += 1
-            name = self._work.get()
-            with self._lock:
-                self._idle -= 1
-            if name is None:
-                return
+        while (name := self._work.get()) is not None:
             name.error = _resolve(name)
+            with self._lock:
+                self._unfinished -= 1
             self._found(name)
 
 
@@ -97,7 +95,7 @@ def _name_in(url: str) -> Name | None:
         host, port = parts.hostname, parts.port
     except ValueError:
         return None
-    if not host or not _NAME.fullmatch(host):
+    if not host or not _NAME.fullmatch(host) or _NUMBER_AT_THE_END.fullmatch(host):
         return None
     return Name(host, port or (443 if parts.scheme == "https" else 80))
 
