@@ -70,6 +70,9 @@ class Exchange:
     def __init__(self, allowed: Sequence[Network]) -> None:
         self._allowed = allowed
         self.deadline = self._began = 0.0
+        self._url: str | None = None  # what the handle is set to
+        self._entry = ""
+        self._left_ms = 0
         self._refused: list[str] = []
         self._forget()
         self.curl = curl = pycurl.Curl()
@@ -85,6 +88,7 @@ class Exchange:
         curl.setopt(pycurl.CAINFO, authorities())
         curl.setopt(pycurl.MAXLIFETIME_CONN, CONNECTION_LIFE_S)
         curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open)
+        curl.setopt(pycurl.SOCKOPTFUNCTION, _keep_from_children)
         curl.setopt(pycurl.HEADERFUNCTION, self._take_head)
         curl.setopt(pycurl.WRITEFUNCTION, self._take_body)
 
@@ -99,12 +103,19 @@ class Exchange:
         request, curl = self.request, self.curl
         self._forget()
         left_ms = max(1, int((self.deadline - now) * 1000))
-        curl.setopt(pycurl.URL, request.url if request.url.isascii() else quote(request.url, safe=_PRINTABLE))
+        if request.url != self._url:
+            self._url = None
+            curl.setopt(pycurl.URL, request.url if request.url.isascii() else quote(request.url, safe=_PRINTABLE))
+            self._url = request.url
         curl.setopt(pycurl.HTTPHEADER, _header_lines(request.headers))
         curl.setopt(pycurl.POSTFIELDS, request.body)
-        curl.setopt(pycurl.TIMEOUT_MS, left_ms)
-        curl.setopt(pycurl.CONNECTTIMEOUT_MS, min(left_ms, int(CONNECT_S * 1000)))
-        curl.setopt(pycurl.RESOLVE, [entry] if entry else [])
+        if left_ms != self._left_ms:
+            self._left_ms = left_ms
+            curl.setopt(pycurl.TIMEOUT_MS, left_ms)
+            curl.setopt(pycurl.CONNECTTIMEOUT_MS, min(left_ms, int(CONNECT_S * 1000)))
+        if entry or self._entry:
+            self._entry = entry
+            curl.setopt(pycurl.RESOLVE, [entry] if entry else [])
 
     def outcome(self, code: int, text: str) -> Outcome:
         """After the transfer. The status line and headers decide; a body that breaks afterwards changes nothing."""
@@ -131,7 +142,7 @@ class Exchange:
     def _reason(self, code: int, text: str) -> str:
         """What a person can act on."""
         if code == pycurl.E_COULDNT_CONNECT and self._refused and not self._dialled:
-            return refusal(urlsplit(self.request.url).hostname or "", sorted(set(self._refused)))
+            return refusal(_host(self.request.url), sorted(set(self._refused)))
         if code == pycurl.E_OPERATION_TIMEDOUT:
             if time.monotonic() < self.deadline - 0.1:
                 return f"no connection within {CONNECT_S:g} s"
@@ -144,8 +155,10 @@ class Exchange:
             return "the answer is not HTTP"
         if code == pycurl.E_WRITE_ERROR:
             return f"the answer's headers are longer than {HEAD_BYTES} bytes"
-        number = self.curl.getinfo(pycurl.OS_ERRNO) if code == pycurl.E_COULDNT_CONNECT else 0
-        return self._socket_error or (os.strerror(number) if number else text) or pycurl.error.__name__
+        if code == pycurl.E_COULDNT_CONNECT:
+            number = self.curl.getinfo(pycurl.OS_ERRNO) if self._dialled else 0
+            return os.strerror(number) if number else self._socket_error or text
+        return text or f"libcurl's error {code}"
 
     # Called by curl -----------------------------------------------------------------------------------------------------
 
@@ -222,6 +235,18 @@ def _header_lines(headers: dict[str, str]) -> list[str] | list[bytes]:
         return [line.encode("latin-1") for line in lines]
     except UnicodeEncodeError:
         raise ValueError("a header is not Latin-1 text") from None
+
+
+def _keep_from_children(fd: int, _purpose: int) -> int:
+    os.set_inheritable(fd, False)
+    return int(pycurl.SOCKOPT_OK)
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or url
+    except ValueError:
+        return url[:200]
 
 
 def _value(line: bytes) -> str:

@@ -2,7 +2,7 @@
 
 libcurl resolves on at most 20 threads for everything, two lookups for each name: ten names whose server is silent stop all
 others, and closing waits for them. Here each name is looked up once at a time, whoever waits for it. What is found is no
-permission: `delivery/push/transport.py` vets the address when it is dialled.
+permission: `delivery/push/exchange.py` vets the address when it is dialled.
 """
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import queue
 import socket
 import ssl
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from delivery.push import exchange, names
+from delivery.push import exchange, names, transport
 from delivery.push.transport import Outcome, Request, Transport
 from tests.conftest import wait_until
 from tests.push.endpoint import Endpoint, status
@@ -335,6 +336,34 @@ def test_connections_are_kept(sender: Any, wire: Any) -> None:
     where, one = wire(sends(PLAIN)), sender()
     assert all(one.post(where.url).ok for _ in range(20))
     assert len(where.got) == 1
+
+
+def test_children_inherit_no_connection(sender: Any, wire: Any) -> None:
+    before = inheritable()
+    where, one = wire(sends(PLAIN)), sender()
+    assert one.post(where.url).ok
+    assert inheritable() == before
+
+
+def inheritable() -> set[int]:
+    found = set()
+    for name in os.listdir("/dev/fd"):
+        try:
+            if os.get_inheritable(int(name)):
+                found.add(int(name))
+        except OSError:
+            pass  # the one that listed them
+    return found
+
+
+def test_more_requests_than_files_wait_for_their_turn(sender: Any, wire: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(transport, "MAX_FLIGHTS", 3)
+    slow, one = wire(hold), sender()
+    for _ in range(9):
+        one.submit(slow.url, timeout_s=0.3)
+    late = [one.outcomes.get(timeout=10) for _ in range(9)]
+    assert {outcome.error for outcome in late} == {"no answer within 0.3 s"}
+    assert all(outcome.duration_ms < 3000 for outcome in late) and len(slow.got) == 9
 
 
 def test_a_kept_connection_that_was_closed_meanwhile_is_replaced(sender: Any, wire: Any) -> None:
