@@ -1,275 +1,237 @@
 """Send requests and report what became of them: `submit(request)`, then an Outcome arrives in the queue given.
 
-Threads over `requests`' adapter, with connections kept alive. Every socket goes to an address vetted at the moment of
-dialling; name, Host and certificate stay those of the URL. No redirects, no proxies from the environment, no cookies.
+One thread drives all requests over libcurl, with connections kept alive. Every socket goes to an address vetted at the
+moment of dialling; name, Host and certificate stay those of the URL. No redirects, no proxies from the environment, no
+cookies. `delivery/push/names.py` finds what a name's addresses are, `delivery/push/exchange.py` is one request and its answer.
 """
 from __future__ import annotations
 
+import logging
+import math
 import queue
+import resource
+import selectors
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import requests
-from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import HTTPError, NewConnectionError
-from urllib3.poolmanager import PoolManager
-from urllib3.util import connection as urllib3_connection
+import pycurl
 
-from delivery.push.addresses import Network, is_allowed
+from delivery.push.addresses import Network
+from delivery.push.exchange import Exchange, Outcome, Request
+from delivery.push.names import Name, Names
 
-MAX_THREADS = 256
-KEEP_HOSTS, KEEP_CONNECTIONS = 256, 64
-ANSWER_BYTES = 65_536  # of an answer's body; more is not read, and the connection not kept
-SHOWN_CHARACTERS = 500
-OVERDUE_S = 0.5
+__all__ = ["Outcome", "Request", "Transport"]
 
+log = logging.getLogger(__name__)
 
-class AddressRefused(OSError):
-    """The endpoint's name leads to no address that a push may reach."""
+MAX_FLIGHTS = 4096  # at a time, and at most half of the files the process may open
+IDLE_EXCHANGES = 256
+CLOSE_S = 1.0
 
-    def __init__(self, host: str, addresses: Sequence[str]) -> None:
-        super().__init__(
-            f"{host} is {', '.join(addresses) or 'nowhere'}: not a public address, and in no network of SEQUIN_ALLOWED_NETWORKS"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One POST. `tag` is the caller's own; it comes back with the outcome."""
-
-    url: str
-    headers: dict[str, str]
-    body: bytes
-    timeout_s: float
-    tag: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a request. `status` None: no answer came, `error` says why."""
-
-    tag: Any
-    status: int | None
-    error: str | None
-    retry_after: str | None
-    response: str
-    duration_ms: int
-
-    @property
-    def ok(self) -> bool:
-        return self.status is not None and 200 <= self.status < 300
-
-
-@dataclass(slots=True)
-class _Flight:
-    request: Request
-    began: float
-    deadline: float
-    socket: Any = None
-    over: bool = False
-    lock: threading.Lock = field(default_factory=threading.Lock)
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+_INTEREST = {pycurl.POLL_IN: _READ, pycurl.POLL_OUT: _WRITE, pycurl.POLL_INOUT: _READ | _WRITE}
+_READY = {_READ: pycurl.CSELECT_IN, _WRITE: pycurl.CSELECT_OUT, _READ | _WRITE: pycurl.CSELECT_IN | pycurl.CSELECT_OUT}
 
 
 class Transport:
-    """Sends on as many threads as there are requests at a time, up to MAX_THREADS."""
+    """Sends as many requests at a time as MAX_FLIGHTS allows; later ones wait, and their time begins when they are sent."""
 
     def __init__(self, outcomes: queue.SimpleQueue[Any], allowed: Sequence[Network]) -> None:
         self._outcomes = outcomes
-        self._work: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self._adapter = _VettingAdapter(allowed)
-        self._flights: dict[int, _Flight] = {}
-        self._threads = 0
-        self._idle = 0
-        self._lock = threading.Lock()
-        self._closing = threading.Event()
-        threading.Thread(target=self._watch, name="push-deadlines", daemon=True).start()
+        self._allowed = allowed
+        self._submitted: deque[Request] = deque()
+        self._found: deque[Name] = deque()
+        self._names = Names(self._name_found)
+        self._flying: dict[Any, Exchange] = {}  # by curl's handle
+        self._unresolved: set[Exchange] = set()
+        self._overdue_at = math.inf  # when the first of them is
+        self._idle: list[Exchange] = []
+        self._interest: dict[int, int] = {}  # by file number: what curl waits for
+        self._due = math.inf  # when curl wants to be called without any socket being ready
+        self._asleep = False
+        self._closing = False
+        self._max_flights = _max_flights()
+        self._selector = selectors.DefaultSelector()
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._woken.setblocking(False)
+        self._selector.register(self._woken, _READ)
+        self._multi = pycurl.CurlMulti()
+        self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
+        self._multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
+        self._multi.setopt(pycurl.M_MAXCONNECTS, self._max_flights)
+        self._thread = threading.Thread(target=self._run, name="push", daemon=True)
+        self._thread.start()
 
     def submit(self, request: Request) -> None:
         """Begin to send; never blocks."""
-        self._work.put(request)
-        with self._lock:
-            if self._idle < self._work.qsize() and self._threads < MAX_THREADS:
-                self._threads += 1
-                threading.Thread(target=self._serve, name="push", daemon=True).start()
+        self._submitted.append(request)
+        self._wake()
 
     def close(self) -> None:
-        """Drop every request and end the threads."""
-        self._closing.set()
-        for flight in list(self._flights.values()):
-            _cut(flight)
-        for _ in range(self._threads):
-            self._work.put(None)
-        self._adapter.close()
+        """Drop every request and end the thread."""
+        self._closing = True
+        self._asleep = True
+        self._wake()
+        self._thread.join(CLOSE_S)
 
-    def _serve(self) -> None:
-        while not self._closing.is_set():
-            with self._lock:
-                self._idle += 1
-            request = self._work.get()
-            with self._lock:
-                self._idle -= 1
-            if request is None:
-                return
-            began = time.monotonic()
-            flight = _Flight(request, began, began + request.timeout_s)
-            self._flights[id(flight)] = flight
-            _current.flight = flight
-            outcome = self._send(flight)
-            _current.flight = None
-            self._flights.pop(id(flight), None)
-            self._report(flight, outcome)
+    def _wake(self) -> None:
+        if self._asleep:
+            self._asleep = False
+            try:
+                self._waker.send(b"\0")
+            except OSError:
+                pass  # enough is waiting to be read there, or it is closed
 
-    def _send(self, flight: _Flight) -> Outcome:
-        request = flight.request
-        prepared = requests.PreparedRequest()
-        prepared.method = "POST"
-        prepared.url = request.url
-        prepared.headers = requests.structures.CaseInsensitiveDict(request.headers)
-        prepared.headers["Content-Length"] = str(len(request.body))
-        prepared.body = request.body
+    def _name_found(self, name: Name) -> None:
+        self._found.append(name)
+        self._wake()
+
+    # On the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
         try:
-            answer = self._adapter.send(prepared, stream=True, timeout=request.timeout_s, verify=True, proxies={})
-        except requests.exceptions.Timeout:
-            return self._outcome(flight, None, f"no answer within {request.timeout_s:g} s")
-        except (requests.exceptions.RequestException, HTTPError, OSError, ValueError) as error:
-            if time.monotonic() >= flight.deadline:
-                return self._outcome(flight, None, f"no answer within {request.timeout_s:g} s")
-            return self._outcome(flight, None, _reason(error))
-        # The status line and headers decide; a body that breaks afterwards changes nothing.
-        text = _read_some(answer)
-        status = answer.status_code
-        error_text = None if 200 <= status < 300 else _status_reason(status, answer.headers.get("location"))
-        return self._outcome(flight, status, error_text, answer.headers.get("retry-after"), text)
+            while not self._closing:
+                try:
+                    self._step()
+                except Exception:
+                    log.exception("push transport: a step failed")
+        finally:
+            self._shut()
 
-    @staticmethod
-    def _outcome(flight: _Flight, status: int | None, error: str | None, retry_after: str | None = None, response: str = "") -> Outcome:
-        took = int((time.monotonic() - flight.began) * 1000)
-        return Outcome(flight.request.tag, status, error, retry_after, response, took)
+    def _step(self) -> None:
+        """Begin what was submitted, let curl do what it can, report what is over, wait."""
+        while self._found:
+            self._go_on(self._found.popleft())
+        while self._submitted and self._has_room():
+            self._begin(self._submitted.popleft())
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = math.inf
+            self._act(pycurl.SOCKET_TIMEOUT, 0)
+        self._gather()
+        if now >= self._overdue_at:
+            self._end_overdue(now)
+        for key, mask in self._wait(now):
+            if key.fd in self._interest:
+                self._act(key.fd, _READY[mask])
+            elif key.fileobj is self._woken:
+                self._woken.recv(4096)
+        self._gather()
 
-    def _report(self, flight: _Flight, outcome: Outcome) -> None:
-        with flight.lock:
-            if flight.over:
-                return
-            flight.over = True
+    def _wait(self, now: float) -> list[tuple[selectors.SelectorKey, int]]:
+        due = min(self._due, self._overdue_at)
+        self._asleep = True
+        # Whoever adds something from here on sends a byte.
+        if self._closing or self._found or (self._submitted and self._has_room()):
+            due = now
+        ready = self._selector.select(max(0.0, due - now) if due < math.inf else None)
+        self._asleep = False
+        return ready
+
+    def _has_room(self) -> bool:
+        return len(self._flying) + len(self._unresolved) < self._max_flights
+
+    def _begin(self, request: Request) -> None:
+        exchange = self._idle.pop() if self._idle else Exchange(self._allowed)
+        now = time.monotonic()
+        exchange.take(request, now)
+        name = self._names.get(request.url, now)
+        if name is None or name.is_usable(now):
+            self._send(exchange, name.entry if name else "", now)
+        else:
+            name.waiting.append(exchange)
+            self._unresolved.add(exchange)
+            self._overdue_at = min(self._overdue_at, exchange.deadline)
+
+    def _go_on(self, name: Name) -> None:
+        """A name was looked up: send what waited for it."""
+        now = time.monotonic()
+        name.looking = False
+        if name.entry:
+            name.found_at = now
+        waiting, name.waiting = name.waiting, []
+        for exchange in waiting:
+            if exchange not in self._unresolved:
+                continue  # it was overdue
+            self._unresolved.discard(exchange)
+            if name.entry:
+                self._send(exchange, name.entry, now)
+            else:
+                self._report(exchange, exchange.unresolved(name.error))
+
+    def _send(self, exchange: Exchange, entry: str, now: float) -> None:
+        try:
+            exchange.prepare(entry, now)
+            self._multi.add_handle(exchange.curl)
+        except (pycurl.error, ValueError, TypeError) as error:
+            self._report(exchange, exchange.failed(str(error)))
+        else:
+            self._flying[exchange.curl] = exchange
+
+    def _act(self, fd: int, ready: int) -> None:
+        try:
+            self._multi.socket_action(fd, ready)
+        except pycurl.error as error:
+            log.warning("push transport: %s", error)
+
+    def _gather(self) -> None:
+        left = 1
+        while left:
+            left, done, failed = self._multi.info_read()
+            for curl in done:
+                self._end(curl, 0, "")
+            for curl, code, text in failed:
+                self._end(curl, code, text)
+
+    def _end(self, curl: Any, code: int, text: str) -> None:
+        exchange = self._flying.pop(curl)
+        self._multi.remove_handle(curl)
+        self._report(exchange, exchange.outcome(code, text))
+
+    def _end_overdue(self, now: float) -> None:
+        for exchange in [one for one in self._unresolved if now >= one.deadline]:
+            self._unresolved.discard(exchange)
+            self._outcomes.put(exchange.unresolved(f"no answer within {exchange.request.timeout_s:g} s"))
+        self._overdue_at = min((one.deadline for one in self._unresolved), default=math.inf)
+
+    def _report(self, exchange: Exchange, outcome: Outcome) -> None:
+        if len(self._idle) < IDLE_EXCHANGES:
+            self._idle.append(exchange)
         self._outcomes.put(outcome)
 
-    def _watch(self) -> None:
-        """End requests that take longer than they may although bytes keep dripping in."""
-        while not self._closing.wait(0.2):
-            now = time.monotonic()
-            for flight in list(self._flights.values()):
-                if now >= flight.deadline + OVERDUE_S and not flight.over:
-                    self._report(flight, self._outcome(flight, None, f"no complete answer within {flight.request.timeout_s:g} s"))
-                    _cut(flight)
-
-
-_current = threading.local()
-
-
-def _cut(flight: _Flight) -> None:
-    found = flight.socket
-    if found is not None:
-        try:
-            found.shutdown(socket.SHUT_RDWR)
-        except (OSError, AttributeError):
-            pass
-
-
-def _read_some(answer: requests.Response) -> str:
-    try:
-        body = answer.raw.read(ANSWER_BYTES, decode_content=False)
-        if answer.raw.read(1, decode_content=False):
-            answer.raw.close()
+    def _watch(self, what: int, fd: int, multi: Any, _data: Any) -> None:
+        """Curl says what it waits for on a socket."""
+        wanted = _INTEREST.get(what, 0)
+        before = self._interest.get(fd, 0)
+        if wanted == before:
+            return
+        if not wanted:
+            del self._interest[fd]
+            self._selector.unregister(fd)
         else:
-            answer.raw.release_conn()
-    except (HTTPError, OSError, ValueError):
-        answer.raw.close()
-        return ""
-    return body[: SHOWN_CHARACTERS * 4].decode("utf-8", "replace")[:SHOWN_CHARACTERS]
+            self._interest[fd] = wanted
+            (self._selector.modify if before else self._selector.register)(fd, wanted)
+
+    def _set_timer(self, wait_ms: int) -> None:
+        self._due = math.inf if wait_ms < 0 else time.monotonic() + wait_ms / 1000
+
+    def _shut(self) -> None:
+        self._names.close()
+        for curl in self._flying:
+            self._multi.remove_handle(curl)
+        self._multi.close()
+        for exchange in (*self._flying.values(), *self._unresolved, *self._idle):
+            exchange.curl.close()
+        self._selector.close()
+        self._waker.close()
+        self._woken.close()
 
 
-def _status_reason(status: int, location: str | None) -> str:
-    if 300 <= status < 400:
-        return f"answered {status}, a redirect{f' to {location[:200]}' if location else ''}: redirects are not followed, put the final URL in"
-    return f"answered {status}"
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause as one line: what a person can act on."""
-    seen: set[int] = set()
-    while id(error) not in seen:
-        seen.add(id(error))
-        inner = getattr(error, "reason", None) or error.__cause__ or error.__context__
-        if isinstance(error, AddressRefused) or not isinstance(inner, BaseException):
-            break
-        error = inner
-    if isinstance(error, socket.gaierror):
-        return f"the name cannot be resolved: {error.strerror or error}"
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())
-    return (text or type(error).__name__)[:300]
-
-
-class _Vetted:
-    """Mixed into urllib3's connections: resolve, vet, and dial exactly what was vetted."""
-
-    allowed: Sequence[Network] = ()
-
-    def _new_conn(self: Any) -> socket.socket:
-        try:
-            found = socket.getaddrinfo(self._dns_host, self.port, urllib3_connection.allowed_gai_family(), socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise NewConnectionError(self, str(error)) from error
-        permitted = [entry for entry in found if is_allowed(str(entry[4][0]), self.allowed)]
-        if not permitted:
-            refused = AddressRefused(self._dns_host, sorted({str(entry[4][0]) for entry in found}))
-            raise NewConnectionError(self, str(refused)) from refused
-        failure: OSError | None = None
-        for family, kind, protocol, _, address in permitted:
-            dialled = None
-            try:
-                dialled = socket.socket(family, kind, protocol)
-                dialled.settimeout(self.timeout)
-                dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                _note_socket(dialled)
-                dialled.connect(address)
-                return dialled
-            except OSError as error:
-                failure = error
-                if dialled is not None:
-                    dialled.close()
-        assert failure is not None
-        raise NewConnectionError(self, str(failure)) from failure
-
-    def request(self: Any, *arguments: Any, **options: Any) -> Any:
-        if self.sock is not None:
-            _note_socket(self.sock)
-        return super().request(*arguments, **options)  # type: ignore[misc]
-
-
-def _note_socket(found: Any) -> None:
-    flight = getattr(_current, "flight", None)
-    if flight is not None:
-        flight.socket = found
-
-
-class _VettingAdapter(HTTPAdapter):
-    """requests' adapter on pools whose connections vet what they dial."""
-
-    def __init__(self, allowed: Sequence[Network]) -> None:
-        plain = type("VettedHTTPConnection", (_Vetted, HTTPConnection), {"allowed": allowed})
-        secure = type("VettedHTTPSConnection", (_Vetted, HTTPSConnection), {"allowed": allowed})
-        self._pools = {
-            "http": type("VettedHTTPPool", (HTTPConnectionPool,), {"ConnectionCls": plain}),
-            "https": type("VettedHTTPSPool", (HTTPSConnectionPool,), {"ConnectionCls": secure}),
-        }
-        super().__init__(pool_connections=KEEP_HOSTS, pool_maxsize=KEEP_CONNECTIONS, max_retries=0)
-
-    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **options: Any) -> None:
-        self.poolmanager = PoolManager(num_pools=connections, maxsize=maxsize, block=block, **options)
-        self.poolmanager.pool_classes_by_scheme = self._pools
+def _max_flights() -> int:
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_FLIGHTS if files == resource.RLIM_INFINITY else min(MAX_FLIGHTS, files // 2)

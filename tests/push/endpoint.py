@@ -82,6 +82,7 @@ class Endpoint:
 
     def drip(self, got: Got, handler: BaseHTTPRequestHandler) -> None:
         """Bytes of a header that never ends, each well within the timeout."""
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
         while not self.closing.wait(0.1):
             handler.wfile.write(b"x")
             handler.wfile.flush()
