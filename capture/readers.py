@@ -22,6 +22,7 @@ from django.utils import timezone
 
 from consumers.models import Source
 from consumers.store import lifecycle
+from consumers.store.backlogs import enforce
 from consumers.store.connection import store_connection
 from consumers.store.models import Heartbeat
 from consumers.store.partitions import maintain
@@ -133,6 +134,7 @@ class Readers:
     def _maintain(self) -> None:
         try:
             with store_connection(application_name="sequin maintenance") as conn:
+                enforce(conn)
                 maintain(conn, settings.SEQUIN_RETENTION)
         except psycopg.Error as error:
             log.warning("log maintenance failed, tried again in %s s: %s", int(MAINTAIN_EVERY_S), error)

@@ -147,6 +147,8 @@ def _save_consumer(consumer: Consumer) -> None:
             lifecycle.create_position(consumer.pk, consumer.source_id, _position(consumer.source))
         return
     with transaction.atomic():
+        if before.status != consumer.status:
+            consumer.status_reason = ""
         consumer.save()
         if before.status != consumer.status:
             if consumer.status == "disabled":

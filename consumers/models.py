@@ -37,6 +37,8 @@ WEAK_SSL_MODES = ("disable", "allow", "prefer")
 ACTIONS = ("insert", "update", "delete", "truncate")
 DEFAULT_ACTIONS = ("insert", "update", "delete")
 MAX_ACK_WAIT_MS = 43_200_000
+MIN_BACKLOG_BYTES = 1_000_000
+ON_FULL = ("hold", "pause", "drop_oldest")
 NOT_YET = "is not available in this version"
 
 
@@ -222,11 +224,18 @@ class Consumer(Named):
         help_text="Messages of one group in one batch. Empty: no limit.",
     )  # fmt: skip
     max_parked = models.IntegerField(default=1_000_000, editable=False)
-    max_backlog_bytes = models.BigIntegerField(null=True, blank=True)
-    on_full = models.CharField(max_length=11, blank=True, default="")
+    max_backlog_bytes = models.BigIntegerField(
+        null=True, blank=True, validators=[MinValueValidator(MIN_BACKLOG_BYTES)],
+        help_text="How much of the log it may hold back. Looked at each minute. Empty: no limit.",
+    )  # fmt: skip
+    on_full = models.CharField(
+        max_length=11, blank=True, default="hold", choices=[(choice, choice) for choice in ON_FULL],
+        help_text="Past that: hold everything and say so, pause the consumer, or drop its oldest messages.",
+    )  # fmt: skip
     status = models.CharField(
         max_length=8, default="active", choices=[("active", "active"), ("paused", "paused"), ("disabled", "disabled")]
     )
+    status_reason = models.TextField(blank=True, default="", editable=False, help_text="Why it was paused, when nobody did.")
     endpoint = models.ForeignKey(HttpEndpoint, models.PROTECT, null=True, blank=True, related_name="consumers")
     path = models.CharField(max_length=2000, blank=True, default="")
     batch_size = models.IntegerField(default=1, validators=[MinValueValidator(1), MaxValueValidator(1000)])
@@ -241,6 +250,9 @@ class Consumer(Named):
         errors: dict[str, Any] = {}
         if not self.actions:
             self.actions = list(DEFAULT_ACTIONS)
+        self.on_full = self.on_full or "hold"
+        if self.status == "active":
+            self.status_reason = ""
         self._clean_lists(errors)
         self._clean_kind(errors)
         self._refuse_what_is_not_built(errors)
@@ -281,10 +293,6 @@ class Consumer(Named):
             errors["stream"] = f"stream: rows {NOT_YET}, only changes is"
         if self.start_from == "beginning":
             errors["start_from"] = f"start_from: beginning {NOT_YET}, only now is"
-        if self.max_backlog_bytes is not None:
-            errors["max_backlog_bytes"] = f"max_backlog_bytes: a limit of the backlog {NOT_YET}"
-        if self.on_full:
-            errors["on_full"] = f"on_full: a limit of the backlog {NOT_YET}"
 
     def _refuse_what_is_fixed(self, errors: dict[str, Any]) -> None:
         if self._state.adding:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psycopg
+from django.conf import settings
 from psycopg.conninfo import make_conninfo
 
+from consumers.addresses import is_allowed
 from consumers.hosting import hint
 
 CONNECT_TIMEOUT_S = 10
@@ -80,6 +82,8 @@ def conninfo(
         "tcp_user_timeout": 30_000,
         "options": options,
     }
+    if settings.SEQUIN_RESTRICT_SOURCES:
+        parameters["hostaddr"] = _vetted_address(str(source.host), int(source.port))
     if replication:
         parameters["replication"] = "database"
     return make_conninfo("", **{name: value for name, value in parameters.items() if value is not None})
@@ -129,6 +133,18 @@ def reason_of(error: BaseException, source: SourceParameters | None = None) -> s
     if source is not None and source.password:
         text = text.replace(source.password, "********")
     return text[:500]
+
+
+def _vetted_address(host: str, port: int) -> str:
+    """The address to dial, for an installation whose users may not look around its own network. Raises SourceUnreachable."""
+    try:
+        found = [] if host.startswith("/") else socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise SourceUnreachable(host, port, f"the name cannot be resolved ({error})") from None
+    for entry in found:
+        if is_allowed(str(entry[4][0]), settings.SEQUIN_ALLOWED_NETWORKS):
+            return str(entry[4][0])
+    raise SourceUnreachable(host, port, "not a public address, and in no network of SEQUIN_ALLOWED_NETWORKS (SEQUIN_RESTRICT_SOURCES=1)")
 
 
 @lru_cache(maxsize=64)

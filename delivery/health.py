@@ -4,9 +4,13 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
+from django.conf import settings
 from django.db import connection
 
+from consumers.hosting import readable_bytes
+
 DOWN_AFTER = timedelta(seconds=30)
+FORGOTTEN_AT_LEAST = timedelta(hours=1)
 # States of a source that do not end by themselves; the others are failing when they last.
 FAILING = ("slot_missing", "slot_lost", "slot_foreign", "publication_missing", "store_full")
 
@@ -29,14 +33,18 @@ def sources(now: datetime) -> list[Judged]:
     return [_judge_source(now, *row) for row in rows]
 
 
-def consumers() -> list[Judged]:
+def consumers(now: datetime) -> list[Judged]:
+    """`ok`, `paused`, `disabled` or `degraded`."""
     rows = _fetch(
-        "SELECT c.name, c.status, c.max_parked, p.parked_count, p.dead_count, h.first_id, h.last_error"
+        "SELECT c.name, c.status, c.status_reason, c.max_parked, p.parked_count, p.dead_count, h.first_id, h.last_error,"
+        " p.dropped_count, w.committed_at, sequin_backlog_bytes(p.position), c.max_backlog_bytes"
         " FROM consumers_consumer c LEFT JOIN consumer_position p ON p.consumer = c.id LEFT JOIN LATERAL ("
+        " SELECT committed_at FROM messages m WHERE m.source = p.source AND m.id > p.position ORDER BY m.id LIMIT 1) w ON true"
+        " LEFT JOIN LATERAL ("
         " SELECT first_id, last_error FROM parked x WHERE x.consumer = c.id AND x.last_error IS NOT NULL"
         " AND p.parked_count + p.dead_count > 0 ORDER BY first_id LIMIT 1) h ON true ORDER BY c.name"
     )
-    return [_judge_consumer(*row) for row in rows]
+    return [_judge_consumer(now, settings.SEQUIN_RETENTION, *row) for row in rows]
 
 
 def overall(judged: list[Judged]) -> str:
@@ -64,11 +72,21 @@ def _judge_source(
 
 
 def _judge_consumer(
-    name: str, configured: str, max_parked: int, parked: int | None, dead: int | None, first_id: int | None, error: str | None
-) -> Judged:
-    if configured != "active":
+    now: datetime, retention: timedelta, name: str, configured: str, why: str, max_parked: int, parked: int | None, dead: int | None,
+    first_id: int | None, error: str | None, dropped: int | None, waiting_since: datetime | None, held: int | None, limit: int | None,
+) -> Judged:  # fmt: skip
+    if configured == "disabled":
         return Judged(name, configured, [])
-    reasons = []
+    reasons = [f"paused: {why}"] if why else []
+    if waiting_since is not None and now - waiting_since > max(retention / 2, FORGOTTEN_AT_LEAST):
+        since = f"{waiting_since:%Y-%m-%d %H:%M} UTC"
+        reasons.append(f"has taken nothing of what was committed since {since}: it holds back {readable_bytes(held or 0)} of the log")
+    if limit is not None and held is not None and held > limit:
+        reasons.append(f"holds back {readable_bytes(held)} of the log, more than max_backlog_bytes: {readable_bytes(limit)}")
+    if dropped:
+        reasons.append(f"{dropped} messages were dropped because its backlog was full (on_full: drop_oldest)")
+    if configured == "paused":
+        return Judged(name, configured, reasons)
     if parked and parked >= max_parked:
         reasons.append(f"takes no more: {parked} messages wait behind failing ones, first of them message {first_id}")
     elif parked:

@@ -51,7 +51,7 @@ def health(request: HttpRequest) -> HttpResponse:
     try:
         if not may_operate(request, settings.SEQUIN_METRICS_PUBLIC):
             return JsonResponse({"summary": "needs a token of scope manage, or SEQUIN_METRICS_PUBLIC=1"}, status=401)
-        sources, consumers = judge.sources(timezone.now()), judge.consumers()
+        sources, consumers = judge.sources(timezone.now()), judge.consumers(timezone.now())
     except DatabaseFailure:
         body = {"status": "failing", "reasons": ["the store is away"], "sources": [], "consumers": []}
         return JsonResponse(body, status=503)

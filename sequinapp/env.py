@@ -42,6 +42,7 @@ class Environment:
     max_waiters: int
     retention: timedelta
     allow_plaintext: bool
+    restrict_sources: bool
     metrics_public: bool
     log_format: str
     log_level: str
@@ -72,6 +73,7 @@ def read() -> Environment:
         max_waiters=_int("SEQUIN_MAX_WAITERS", 1000, 0, 20_000),
         retention=duration("SEQUIN_RETENTION", os.environ.get("SEQUIN_RETENTION") or "7d"),
         allow_plaintext=_bool("SEQUIN_ALLOW_PLAINTEXT"),
+        restrict_sources=_bool("SEQUIN_RESTRICT_SOURCES"),
         metrics_public=_bool("SEQUIN_METRICS_PUBLIC"),
         log_format=_choice("SEQUIN_LOG_FORMAT", "console", ("console", "json")),
         log_level=_choice("SEQUIN_LOG_LEVEL", "info", LOG_LEVELS).upper(),

@@ -26,6 +26,7 @@ SEQUIN_STORE_DIRECTORY = None if ENV.database_url else EmbeddedPostgres(ENV.home
 SEQUIN_MAX_WAITERS = ENV.max_waiters
 SEQUIN_RETENTION = ENV.retention
 SEQUIN_ALLOW_PLAINTEXT = ENV.allow_plaintext
+SEQUIN_RESTRICT_SOURCES = ENV.restrict_sources
 SEQUIN_METRICS_PUBLIC = ENV.metrics_public
 
 INSTALLED_APPS = [

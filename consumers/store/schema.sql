@@ -93,6 +93,15 @@ create table source_tables (
     tables jsonb not null
 );
 
+-- How much of the log lies beyond this id, in bytes, indexes included: what a consumer at this position holds back.
+create function sequin_backlog_bytes(p_position bigint) returns bigint language sql stable as $$
+    select coalesce(sum(pg_total_relation_size(to_regclass(p.name))
+                        * (least(p.to_id, s.last + 1) - greatest(p.from_id, p_position + 1))::numeric
+                        / greatest(1, least(p.to_id, s.last + 1) - greatest(p.from_id, 1))), 0)::bigint
+    from log_partition p, (select case when is_called then last_value else 0 end as last from messages_id) s
+    where p.to_id > p_position + 1 and p.from_id <= s.last and s.last > p_position
+$$;
+
 -- What happened to a source that people should know: gaps, changed tables, rows rewritten without being sent.
 create table source_events (
     id         bigint generated always as identity primary key,
@@ -119,6 +128,7 @@ create table consumer_position (
     dead_count   integer not null default 0,
     acked_count  bigint  not null default 0,   -- for the metrics
     failed_count bigint  not null default 0,
+    dropped_count bigint not null default 0,  -- given up because its backlog was full
     -- How long messages took from their commit to their ack: one number for each bound of sequin_delivery_bounds()
     -- and one beyond the last, not cumulated; and the sum of all seconds.
     took_buckets double precision[] not null default array_fill(0, array[14]),

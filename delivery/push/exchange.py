@@ -16,7 +16,7 @@ from urllib.parse import quote, urlsplit
 
 import pycurl
 
-from delivery.push.addresses import Network, is_allowed
+from consumers.addresses import Network, is_allowed
 
 try:
     from certifi import where as authorities

@@ -268,7 +268,8 @@ class Pump:
         log.warning("paused consumer=%s: its endpoint answered 410 Gone", lane.target.consumer_name)
         consumer = Consumer.objects.get(pk=lane.target.consumer_id)
         consumer.status = "paused"
-        consumer.save(update_fields=["status", "updated_at"])
+        consumer.status_reason = "its endpoint answered 410 Gone, which means: never again"
+        consumer.save(update_fields=["status", "status_reason", "updated_at"])
 
     def _hear(self, notice: Notice) -> None:
         if notice.channel == "sequin_log":

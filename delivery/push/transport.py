@@ -20,7 +20,7 @@ from typing import Any
 
 import pycurl
 
-from delivery.push.addresses import Network
+from consumers.addresses import Network
 from delivery.push.exchange import Exchange, Outcome, Request
 from delivery.push.names import Name, Names
 

@@ -49,7 +49,7 @@ class Log:
         lsn = self.progress.stored_lsn + 100
         rows = [
             LogRow(
-                relation, 1000 + relation, b"I", b'["%d"]' % key, None, 1, lsn, index, 817_000_000_000_000,
+                relation, 1000 + relation, b"I", b'["%d"]' % key, None, 1, lsn, index, int((time.time() - 946_684_800) * 1e6),
                 b'{"id":%d,"status":"paid"}' % key, None, None, True,
             )
             for index, key in enumerate(keys)

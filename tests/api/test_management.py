@@ -96,7 +96,6 @@ def test_a_source_that_does_not_answer_is_one_line(api: Api, source_database: So
 
 LATER = [
     ("where", "total > 1"), ("transform", "function transform() end"), ("stream", "rows"), ("start_from", "beginning"),
-    ("max_backlog_bytes", 1), ("on_full", "hold"),
 ]  # fmt: skip
 
 

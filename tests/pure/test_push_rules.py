@@ -12,7 +12,7 @@ from standardwebhooks import Webhook
 from consumers.models import new_signing_secret
 from consumers.store.types import ClaimedMessage
 from delivery.push import retry, signing
-from delivery.push.addresses import is_allowed
+from consumers.addresses import is_allowed
 from delivery.push.lane import InHand, Lane, Target
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
