@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -68,7 +67,7 @@ class Watcher:
                 log.warning("the cluster ended with status %s: started again", self._process.returncode)
                 self._kill()
             self._start()
-        pumps = turns.alive_pumps(socket.gethostname())
+        pumps = turns.alive_pumps(self._name)
         if pumps >= self._workers:
             self._full_at = now
             return

@@ -173,6 +173,12 @@ def acknowledge_gap(source_id: UUID) -> bool:
     )
 
 
+def clock() -> datetime:
+    """The store's clock: machines may differ, and what is due when is decided by this one."""
+    found: datetime = _fetch("SELECT clock_timestamp()")[0][0]
+    return found
+
+
 def beat(process: str, detail: str = "", *, pid: int | None = None) -> None:
     """Say that this process is alive and getting on. The watchers restart a process that no longer does."""
     _execute(

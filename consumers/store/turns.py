@@ -70,13 +70,13 @@ def shares() -> tuple[int, int]:
     return int(consumers), int(pumps)
 
 
-def alive_pumps(host: str | None = None) -> int:
-    """How many pumps have beaten lately, on one host or on all."""
+def alive_pumps(cluster: str | None = None) -> int:
+    """How many pumps have beaten lately, of one cluster or of all."""
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT count(*) FROM heartbeats WHERE process = 'pump' AND at > clock_timestamp() - %s * interval '1 s'"
-            " AND (%s::text IS NULL OR host = %s)",
-            [ALIVE_S, host, host],
+            " AND (%s::text IS NULL OR detail = %s)",
+            [ALIVE_S, cluster, cluster],
         )
         row = cursor.fetchone()
     return int(row[0]) if row else 0

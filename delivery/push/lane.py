@@ -52,27 +52,66 @@ class InHand:
 
 
 @dataclass
+class EndpointState:
+    """How an endpoint is doing, for all consumers that push to it: its circuit breaker.
+
+    After FAILURES_TO_OPEN failures in a row it is open: one probe at a time, with growing pauses, over all its consumers.
+    """
+
+    failures: int = 0  # in a row
+    hold_until: float = 0.0  # no request before: the breaker's pause, or a Retry-After
+    opened: int = 0  # how often the breaker has opened
+    in_flight: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        return self.failures >= retry.FAILURES_TO_OPEN
+
+    def may_send(self, now: float) -> bool:
+        return now >= self.hold_until and not (self.is_open and self.in_flight)
+
+    def succeeded(self) -> None:
+        self.failures = 0
+
+    def failed(self, now: float) -> None:
+        self.failures += 1
+        if self.failures == retry.FAILURES_TO_OPEN:
+            self.opened += 1
+        self.hold_until = max(self.hold_until, now + retry.hold_s(self.failures))
+
+    def hold(self, until: float) -> None:
+        self.hold_until = max(self.hold_until, until)
+
+
+@dataclass
 class Lane:
     target: Target
+    endpoint: EndpointState
     pending: list[InHand] = field(default_factory=list)
     flights: dict[int, list[InHand]] = field(default_factory=dict)
     busy: dict[int, int] = field(default_factory=dict)  # group → requests in flight with it
-    window: int = FIRST_WINDOW
-    failures: int = 0  # of the endpoint, in a row
-    hold_until: float = 0.0
+    window: int = FIRST_WINDOW  # requests at a time, at most the consumer's concurrency
+    gained: int = 0  # successes towards the next request at a time, on the ramp after an outage
+    on_ramp: bool = False
+    opened: int = 0  # the endpoint's `opened` that this lane knows of
     look_at: float = 0.0  # claim not before; 0: at once
     hungry: bool = True  # there may be something to claim
 
     def room(self) -> int:
         """How many messages to claim now."""
-        if self.failures >= retry.FAILURES_TO_OPEN:
+        if self.endpoint.is_open:
             return 0 if self.pending or self.flights else self.target.batch_size
         wanted = 2 * min(self.target.concurrency, max(self.window, FIRST_WINDOW)) * self.target.batch_size
         held = len(self.pending) + sum(len(batch) for batch in self.flights.values())
         return wanted - held if held * 2 <= wanted else 0
 
-    def next_batch(self) -> list[InHand]:
+    def next_batch(self, now: float) -> list[InHand]:
         """Take the next messages to send together out of `pending`; empty when nothing may go now."""
+        if not self.pending or not self.endpoint.may_send(now):
+            return []
+        if self.opened != self.endpoint.opened:
+            # After an outage not everything at once: the endpoint has just come back.
+            self.opened, self.window, self.gained, self.on_ramp = self.endpoint.opened, 1, 0, True
         if len(self.flights) >= min(self.window, self.target.concurrency):
             return []
         batch: list[InHand] = []
@@ -95,12 +134,15 @@ class Lane:
 
     def depart(self, number: int, batch: list[InHand]) -> None:
         self.flights[number] = batch
+        self.endpoint.in_flight += 1
         for group in _groups(batch):
             self.busy[group] = self.busy.get(group, 0) + 1
 
     def arrive(self, number: int) -> list[InHand]:
         """The batch of a request that is over; empty when it was dropped meanwhile."""
         batch = self.flights.pop(number, [])
+        if batch:
+            self.endpoint.in_flight -= 1
         for group in _groups(batch):
             left = self.busy[group] - 1
             if left:
@@ -110,13 +152,25 @@ class Lane:
         return batch
 
     def succeeded(self) -> None:
-        self.failures = 0
-        self.window = min(self.window * 2, max(self.target.concurrency, FIRST_WINDOW))
+        """A request was answered well: more at a time, doubling at first, one by one on the ramp."""
+        self.endpoint.succeeded()
+        most = max(self.target.concurrency, FIRST_WINDOW)
+        if not self.on_ramp:
+            self.window = min(self.window * 2, most)
+            return
+        self.gained += 1
+        if self.gained >= self.window:
+            self.gained = 0
+            self.window += 1
+            self.on_ramp = self.window < most
 
     def failed(self, now: float) -> None:
-        self.failures += 1
-        self.window = max(1, self.window // 2) if self.failures < retry.FAILURES_TO_OPEN else 1
-        self.hold_until = max(self.hold_until, now + retry.hold_s(self.failures))
+        self.endpoint.failed(now)
+        self.window = 1 if self.endpoint.is_open else max(1, self.window // 2)
+
+    def close(self) -> None:
+        """The lane goes: what it has in flight is nobody's any more."""
+        self.endpoint.in_flight -= len(self.flights)
 
     def drop_behind(self, batch: list[InHand]) -> None:
         """Forget what the store took back with a failed batch: the later messages of its groups from the same claims."""

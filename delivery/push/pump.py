@@ -29,7 +29,7 @@ from consumers.store.interest import concerns
 from consumers.store.lifecycle import Attempt
 from consumers.store.types import Failure
 from delivery.push import retry, signing
-from delivery.push.lane import InHand, Lane, Target
+from delivery.push.lane import EndpointState, InHand, Lane, Target
 from delivery.push.transport import Outcome, Request, Transport
 
 log = logging.getLogger(__name__)
@@ -69,11 +69,12 @@ class Pump:
         self._events: queue.SimpleQueue[Outcome | Notice] = queue.SimpleQueue()
         self._transport = Transport(self._events, settings.SEQUIN_ALLOWED_NETWORKS)
         self._lanes: dict[UUID, Lane] = {}
-        self._endpoint_hold: dict[UUID, float] = {}
+        self._endpoints: dict[UUID, EndpointState] = defaultdict(EndpointState)
         self._acks: dict[UUID, list[tuple[UUID, int]]] = defaultdict(list)
         self._gathered = 0
         self._attempts: list[Attempt] = []
         self._number = 0
+        self._clock_ahead_s = 0.0  # the store's clock, which times everything, against this machine's
         self._renewed_at = self._leases_at = self._swept_at = self._attempts_at = 0.0
         self._stored: dict[UUID, int] = {}
         self._listening = threading.Event()
@@ -114,7 +115,8 @@ class Pump:
     # Turns and leases ---------------------------------------------------------------------------------------------
 
     def _hold_turns(self) -> None:
-        lifecycle.beat("pump", str(self.holder))
+        lifecycle.beat("pump", os.environ.get("SEQUIN_CLUSTER", ""))
+        self._clock_ahead_s = lifecycle.clock().timestamp() - time.time()
         held = turns.renew(self.holder)
         for consumer_id in list(self._lanes):
             if consumer_id not in held:
@@ -131,13 +133,15 @@ class Pump:
             held |= set(turns.take(self.holder, share - len(held)))
         missing = held - self._lanes.keys()
         if missing:
-            self._lanes.update({target.consumer_id: Lane(target) for target in _load_targets(missing)})
+            for target in _load_targets(missing):
+                self._lanes[target.consumer_id] = Lane(target, self._endpoints[target.endpoint_id])
 
     def _let_go(self, consumer_id: UUID) -> None:
         """The turn is gone, or goes: what is not answered yet goes back."""
         self._acknowledge()
         lane = self._lanes.pop(consumer_id, None)
         if lane is not None:
+            lane.close()
             receipts = [(item.token, item.message.id) for item in lane.items()]
             if receipts:
                 claims.give_back(consumer_id, receipts)
@@ -154,10 +158,9 @@ class Pump:
 
     def _fill(self, lane: Lane, now: float) -> None:
         """Claim when there is room and reason: a lease for each batch, so that its ack settles a whole lease."""
-        hold = max(lane.hold_until, self._endpoint_hold.get(lane.target.endpoint_id, 0.0))
         due = lane.hungry or (lane.look_at and now >= lane.look_at)
         room = lane.room()
-        if not due or room <= 0 or now < hold:
+        if not due or room <= 0 or not lane.endpoint.may_send(now):
             return
         lane.look_at = 0.0
         # First what is done: a group that counts as out would be parked behind itself.
@@ -177,12 +180,11 @@ class Pump:
                 return
 
     def _send(self, lane: Lane, now: float) -> None:
-        if now < self._endpoint_hold.get(lane.target.endpoint_id, 0.0):
-            return
-        while batch := lane.next_batch():
+        while batch := lane.next_batch(now):
             self._number += 1
             lane.depart(self._number, batch)
-            self._transport.submit(_request(lane.target, batch, Flight(lane.target.consumer_id, self._number)))
+            tag = Flight(lane.target.consumer_id, self._number)
+            self._transport.submit(_request(lane.target, batch, tag, time.time() + self._clock_ahead_s))
 
     # What happened ----------------------------------------------------------------------------------------------------
 
@@ -245,9 +247,9 @@ class Pump:
     def _failed(self, lane: Lane, batch: list[InHand], outcome: Outcome, now: float) -> None:
         asked = None
         if outcome.status is not None:
-            asked = retry.retry_after_s(outcome.status, outcome.retry_after, time.time())
+            asked = retry.retry_after_s(outcome.status, outcome.retry_after, time.time() + self._clock_ahead_s)
         if asked is not None:
-            self._endpoint_hold[lane.target.endpoint_id] = now + asked
+            lane.endpoint.hold(now + asked)
             lane.look_at = now + asked
         lane.failed(now)
         max_batch = -(-len(batch) // 2) if len(batch) > 1 else None
@@ -289,8 +291,17 @@ class Pump:
         """Something was edited: what is not sent yet goes by the new settings."""
         self._renewed_at = 0.0
         for target in _load_targets(set(self._lanes)):
-            self._lanes[target.consumer_id].target = target
-            self._lanes[target.consumer_id].hungry = True
+            lane = self._lanes[target.consumer_id]
+            if target.endpoint_id != lane.target.endpoint_id or (target.url, target.headers) != (lane.target.url, lane.target.headers):
+                # Another endpoint, or a mended one: what it did before says nothing any more.
+                self._endpoints[target.endpoint_id].failures = 0
+                self._endpoints[target.endpoint_id].hold_until = 0.0
+                moved = self._endpoints[target.endpoint_id]
+                lane.endpoint.in_flight -= len(lane.flights)
+                moved.in_flight += len(lane.flights)
+                lane.endpoint = moved
+            lane.target = target
+            lane.hungry = True
 
     def _wake_source(self, source_id: UUID, relations: list[int]) -> None:
         for lane in self._lanes.values():
@@ -361,15 +372,15 @@ def _load_targets(consumer_ids: set[UUID]) -> list[Target]:
     return targets
 
 
-def _request(target: Target, batch: list[InHand], tag: Flight) -> Request:
-    """One POST, signed now: a retry is signed anew, with the same id."""
+def _request(target: Target, batch: list[InHand], tag: Flight, now_s: float) -> Request:
+    """One POST, signed now: a retry is signed anew, with the same id. `now_s`: by the store's clock."""
     bodies = [render_with(item.message, target.tail) for item in batch]
     if target.batch_size == 1:
         body, webhook_id = bodies[0], idempotency_key(batch[0].message)
     else:
         body = b'{"data":[' + b",".join(bodies) + b"]}"
         webhook_id = signing.batch_id([idempotency_key(item.message) for item in batch])
-    now = int(time.time())
+    now = int(now_s)
     headers = {
         "Content-Type": "application/json",
         "User-Agent": "sequin",

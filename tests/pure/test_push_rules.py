@@ -13,7 +13,7 @@ from consumers.models import new_signing_secret
 from consumers.store.types import ClaimedMessage
 from delivery.push import retry, signing
 from consumers.addresses import is_allowed
-from delivery.push.lane import InHand, Lane, Target
+from delivery.push.lane import EndpointState, InHand, Lane, Target
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
 
@@ -72,11 +72,11 @@ def test_an_allowed_network_is_allowed_in_its_mapped_form_too() -> None:
     assert not is_allowed("10.0.0.1", LOOPBACK) and not is_allowed("::1", LOOPBACK)
 
 
-def lane(batch_size: int = 1, concurrency: int = 10) -> Lane:
+def lane(batch_size: int = 1, concurrency: int = 10, endpoint: EndpointState | None = None) -> Lane:
     target = Target(
         uuid4(), "c", uuid4(), (), batch_size, concurrency, uuid4(), "http://localhost/", {}, new_signing_secret(), 1.0, ""
     )
-    made = Lane(target)
+    made = Lane(target, endpoint or EndpointState())
     made.window = concurrency
     return made
 
@@ -93,8 +93,8 @@ def ids(batch: list[InHand]) -> list[int]:
     return [item.message.id for item in batch]
 
 
-def send(one: Lane, number: int) -> list[int]:
-    batch = one.next_batch()
+def send(one: Lane, number: int, now: float = 0.0) -> list[int]:
+    batch = one.next_batch(now)
     if batch:
         one.depart(number, batch)
     return ids(batch)
@@ -143,10 +143,53 @@ def test_a_lost_lease_frees_its_groups() -> None:
     assert one.arrive(1) == [] and one.busy == {}
 
 
-def test_an_open_breaker_lets_one_probe_through() -> None:
-    one = lane(batch_size=1)
+def test_an_open_breaker_lets_one_probe_through_for_all_consumers_of_the_endpoint() -> None:
+    endpoint = EndpointState()
+    one, other = lane(endpoint=endpoint), lane(endpoint=endpoint)
     for _ in range(retry.FAILURES_TO_OPEN):
         one.failed(now=0.0)
-    assert one.room() == 1 and one.window == 1 and one.hold_until > 0
+    one.pending, other.pending = [held(1, 1), held(2, 2)], [held(3, 3)]
+    assert send(one, 1, now=0.1) == send(other, 1, now=0.1) == [], "the pause before the first probe"
+    assert other.room() == 0 and lane(endpoint=endpoint).room() == 1
+    assert send(one, 1, now=1.0) == [1]
+    assert send(one, 2, now=1.0) == send(other, 2, now=1.0) == [], "one probe at a time"
+    one.arrive(1)
+    one.failed(now=1.0)
+    assert send(other, 3, now=1.5) == [] and send(other, 3, now=2.5) == [3], "pauses grow"
+
+
+def test_after_an_outage_the_rate_ramps_up_one_by_one() -> None:
+    one = lane(concurrency=10)
+    for _ in range(retry.FAILURES_TO_OPEN):
+        one.failed(now=0.0)
+    one.pending = [held(number, number) for number in range(200)]
+    sizes = []
+    number = 0
+    for _ in range(10):
+        flying = []
+        while send(one, number, now=100.0):
+            flying.append(number)
+            number += 1
+        sizes.append(len(flying))
+        for flight in flying:
+            one.arrive(flight)
+            one.succeeded()
+    assert sizes == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_without_an_outage_it_doubles() -> None:
+    one = lane(concurrency=10)
+    one.window = 2
     one.succeeded()
-    assert one.room() > 1
+    one.succeeded()
+    assert one.window == 8
+
+
+def test_a_lane_that_goes_leaves_nothing_in_flight() -> None:
+    endpoint = EndpointState()
+    one = lane(endpoint=endpoint)
+    one.pending = [held(1, 1), held(2, 2)]
+    send(one, 1), send(one, 2)
+    assert endpoint.in_flight == 2
+    one.close()
+    assert endpoint.in_flight == 0
