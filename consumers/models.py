@@ -327,6 +327,10 @@ class ApiToken(models.Model):
         Consumer, blank=True, help_text="The consumers it reaches. Empty: all."
     )
     created_at = models.DateTimeField(auto_now_add=True)
+    rate_limit = models.IntegerField(
+        null=True, blank=True, validators=[MinValueValidator(1), MaxValueValidator(1_000_000)],
+        help_text="Requests a second, in each web process; twice that in a burst. Empty: no limit.",
+    )  # fmt: skip
     last_used_at = models.DateTimeField(null=True, editable=False)
     revoked_at = models.DateTimeField(null=True, blank=True)
     expires_at = models.DateTimeField(null=True, blank=True)

@@ -13,7 +13,7 @@ from psycopg import pq, sql
 from consumers import hosting
 from consumers.hosting import Provider, readable_bytes
 from consumers.models import Source, is_local_host
-from consumers.source_connection import conninfo, connect, reason_of
+from consumers.source_connection import SourceUnreachable, conninfo, connect, reason_of
 
 PLUGIN = "pgoutput"
 OLDEST = 120_000
@@ -66,6 +66,15 @@ def check(source: Source, needs_old_values: tuple[str, ...] = ()) -> list[Findin
             text = f"there is no publication {source.publication_name}"
             return [*found, Finding("publication", False, True, text, f"CREATE PUBLICATION {name} FOR TABLE …;")]
         return [*found, *_check_publication(conn, source, server), *_check_tables(conn, source, server, needs_old_values)]
+
+
+def findings(source: Source, needs_old_values: tuple[str, ...] = ()) -> list[Finding]:
+    """What `check` finds; a source that does not answer is one finding too."""
+    try:
+        reached = Finding("reachable", True, True, f"{source.host}:{source.port} answers")
+        return [reached, *check(source, needs_old_values)]
+    except SourceUnreachable as error:
+        return [Finding("reachable", False, True, str(error))]
 
 
 def read_server(conn: psycopg.Connection[Any], source: Source) -> Server:

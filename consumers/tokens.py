@@ -20,7 +20,7 @@ from django.dispatch import receiver
 from django.http import HttpRequest
 from django.utils import timezone
 from rest_framework.authentication import BaseAuthentication
-from rest_framework.exceptions import AuthenticationFailed
+from rest_framework.exceptions import AuthenticationFailed, Throttled
 from rest_framework.permissions import BasePermission
 
 from consumers.models import ApiToken, Consumer
@@ -41,6 +41,7 @@ class Caller:
     scope: str
     consumers: frozenset[UUID] | None
     expires_at: datetime | None
+    rate_limit: int | None = None
     is_authenticated: bool = True
 
     def may(self, scope: str) -> bool:
@@ -52,6 +53,7 @@ class Caller:
 
 _cache: dict[str, tuple[float, Caller]] = {}
 _used: dict[UUID, float] = {}
+_buckets: dict[UUID, tuple[float, float]] = {}  # token → requests left, when counted
 _lock = threading.Lock()
 
 
@@ -61,10 +63,12 @@ def new_secret() -> tuple[str, str, str]:
     return plain, _hash(plain), plain[:10]
 
 
-def create_token(name: str, scope: str = "pull", consumers: list[Consumer] | None = None) -> tuple[ApiToken, str]:
+def create_token(
+    name: str, scope: str = "pull", consumers: list[Consumer] | None = None, rate_limit: int | None = None
+) -> tuple[ApiToken, str]:
     """Make a token. Returns it and its plain text, which is not kept. Raises ValidationError."""
     plain, digest, prefix = new_secret()
-    token = ApiToken(name=name, scope=scope, token_hash=digest, prefix=prefix)
+    token = ApiToken(name=name, scope=scope, token_hash=digest, prefix=prefix, rate_limit=rate_limit)
     token.full_clean()
     token.save()
     token.consumers.set(consumers or [])
@@ -121,6 +125,8 @@ class TokenAuthentication(BaseAuthentication):
         caller = find_caller(plain.strip())
         if caller is None:
             raise AuthenticationFailed("the token is unknown, revoked or expired")
+        if caller.rate_limit is not None and not _admit(caller.token_id, caller.rate_limit, time.monotonic()):
+            raise Throttled(1, f"more than {caller.rate_limit} requests a second with this token")
         return caller, None
 
     def authenticate_header(self, request: Any) -> str:
@@ -161,6 +167,15 @@ def may_operate(request: HttpRequest, public: bool) -> bool:
     return caller is not None and caller.may("manage")
 
 
+def _admit(token_id: UUID, rate: int, now: float) -> bool:
+    """A token bucket that holds two seconds' worth of requests."""
+    with _lock:
+        left, at = _buckets.get(token_id, (2.0 * rate, now))
+        left = min(2.0 * rate, left + (now - at) * rate)
+        _buckets[token_id] = (left - 1 if left >= 1 else left, now)
+    return left >= 1
+
+
 def _hash(plain: str) -> str:
     return hashlib.sha256(plain.encode("utf-8", "replace")).hexdigest()
 
@@ -170,4 +185,4 @@ def _load(digest: str) -> Caller | None:
     if token is None:
         return None
     ids = frozenset(token.consumers.values_list("pk", flat=True))
-    return Caller(token.pk, token.name, token.scope, ids or None, token.expires_at)
+    return Caller(token.pk, token.name, token.scope, ids or None, token.expires_at, token.rate_limit)

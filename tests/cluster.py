@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -46,19 +47,25 @@ def _major(binaries: Path) -> str:
 
 
 class Cluster:
-    """One server below `directory`. As root it runs as nobody, as Postgres demands."""
+    """One server in a directory of its own. As root it runs as nobody, as Postgres demands.
+
+    Not below pytest's temporary directories: every other run of pytest shuts those to other users.
+    """
 
     host = "127.0.0.1"
     user = "postgres"
     password = PASSWORD
 
-    def __init__(self, directory: Path, binaries: Path | None = None, **settings: str) -> None:
-        self.directory, self.binaries = directory, binaries or embedded_binaries()
+    def __init__(self, name: str, binaries: Path | None = None, **settings: str) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix=f"sequin-{name}-"))
+        self.binaries = binaries or embedded_binaries()
         self.settings = {**SETTINGS, **settings}
-        self.data = directory / "data"
+        self.data = self.directory / "data"
         self.port = _free_port()
         self.process: subprocess.Popen[bytes] | None = None
         self._as = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
+        if self._as is not None:
+            os.chown(self.directory, self._as.pw_uid, self._as.pw_gid)
 
     def start(self) -> Cluster:
         if not (self.data / "PG_VERSION").exists():
@@ -104,10 +111,9 @@ class Cluster:
             cursor = conn.execute(query, parameters)  # type: ignore[arg-type]
             return cursor.fetchall() if cursor.description else []
 
-    def standby(self, directory: Path, *options: str, **settings: str) -> Cluster:
+    def standby(self, name: str, *options: str, **settings: str) -> Cluster:
         """A streaming copy of this server, not yet started."""
-        made = Cluster(directory, self.binaries, **{**self.settings, "hot_standby_feedback": "on", **settings})
-        _own(directory, self._as)
+        made = Cluster(name, self.binaries, **{**self.settings, "hot_standby_feedback": "on", **settings})
         source = f"host=127.0.0.1 port={self.port} user=postgres password={PASSWORD} dbname=postgres"
         subprocess.run(
             [self.binaries / "pg_basebackup", "-D", made.data, "-d", source, "-R", "-X", "stream", "-c", "fast", *options],
@@ -122,7 +128,6 @@ class Cluster:
         return (self.directory / "log").read_text(errors="replace")[-3000:]
 
     def _initialise(self) -> None:
-        _own(self.directory, self._as)
         secret = self.directory / "secret"
         secret.write_text(PASSWORD + "\n")
         os.chmod(secret, 0o644)
@@ -136,16 +141,6 @@ class Cluster:
         if self._as is None:
             return {}
         return {"user": self._as.pw_uid, "group": self._as.pw_gid, "extra_groups": []}
-
-
-def _own(directory: Path, user: pwd.struct_passwd | None) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    if user is not None:
-        os.chown(directory, user.pw_uid, user.pw_gid)
-        # Its parents are a test's temporary directories: the server's user must get through.
-        for parent in list(directory.parents)[:3]:
-            if str(parent).startswith("/tmp/") and parent != Path("/tmp"):
-                parent.chmod(parent.stat().st_mode | 0o011)
 
 
 def _free_port() -> int:

@@ -7,6 +7,7 @@ from django.contrib import admin, messages
 from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.shortcuts import render
+from django.urls import reverse
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import mark_safe
 from unfold.admin import ModelAdmin
@@ -15,6 +16,7 @@ from unfold.decorators import action, display
 from consumers import changes
 from consumers.admin.forms import ConsumerForm, EndpointForm, RehearsingForm, SourceForm
 from consumers.models import Consumer, HttpEndpoint, Source
+from consumers.preflight import findings
 from consumers.store import lifecycle
 from consumers.store.models import ConsumerPosition, SourceEvent, SourceStatus
 
@@ -70,7 +72,8 @@ class SourceAdmin(ConfigurationAdmin):
     form = SourceForm
     list_display = ("name", "where", "state", "reasons", "retained", "slot_name", "publication_name")
     search_fields = ("name", "host", "database")
-    actions = ("pause", "resume", "recover", "acknowledge_gap")
+    actions = ("check", "pause", "resume", "recover", "acknowledge_gap")
+    actions_detail = ["check_one"]
     readonly_fields = ("state", "reasons", "retained", "events", "slot_created", "publication_created", "created_at")
     fieldsets = (
         (None, {"fields": ("name", "status")}),
@@ -117,6 +120,28 @@ class SourceAdmin(ConfigurationAdmin):
     @admin.action(description="Resume")
     def resume(self, request: HttpRequest, chosen: Any) -> None:
         self.set_status(request, chosen, "active")
+
+    @admin.action(description="Check: what is right and wrong, and the SQL that mends it")
+    def check(self, request: HttpRequest, chosen: Any) -> None:
+        for source in chosen:
+            self._show_findings(request, source)
+
+    @action(description="Check", url_path="check")
+    def check_one(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        source = Source.objects.filter(pk=object_id).first()
+        if source is not None:
+            self._show_findings(request, source)
+        return HttpResponseRedirect(reverse("admin:consumers_source_change", args=[object_id]))
+
+    def _show_findings(self, request: HttpRequest, source: Source) -> None:
+        found = findings(source)
+        for finding in sorted(found, key=lambda finding: finding.ok):
+            if finding.ok:
+                continue
+            level = messages.ERROR if finding.blocking else messages.WARNING
+            self.message_user(request, f"{source.name}: {finding.text}" + (f"  —  {finding.sql}" if finding.sql else ""), level)
+        good = sum(finding.ok for finding in found)
+        self.message_user(request, f"{source.name}: {good} of {len(found)} findings are good.", messages.SUCCESS)
 
     @admin.action(description="Recover: make a lost or missing slot anew")
     def recover(self, request: HttpRequest, chosen: Any) -> None:

@@ -17,7 +17,7 @@ from consumers.tokens import new_secret
 class TokenForm(forms.ModelForm):  # type: ignore[type-arg]
     class Meta:
         model = ApiToken
-        fields = ["name", "scope", "consumers", "expires_at"]
+        fields = ["name", "scope", "consumers", "rate_limit", "expires_at"]
 
 
 @admin.register(ApiToken)

@@ -52,6 +52,8 @@ def answer(error: Exception, context: Any = None) -> HttpResponse | None:
         return _say(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
     if isinstance(error, TooMany):
         return _say(429, str(error), headers={"Retry-After": str(error.retry_after_s)})
+    if isinstance(error, exceptions.Throttled):
+        return _say(429, str(error.detail), headers={"Retry-After": "1"})
     if isinstance(error, InUse):
         return _say(409, str(error))
     if isinstance(error, Invalid):

@@ -16,9 +16,8 @@ from consumers.api.errors import Invalid
 from consumers.api.lookup import demand_all, find, find_consumer
 from consumers.api.shapes import ConsumerShape, SourceShape
 from consumers.changes import InUse
-from consumers.preflight import Finding, check
+from consumers.preflight import findings
 from consumers.models import NOT_YET, Consumer, Source, SourceEvent
-from consumers.source_connection import SourceUnreachable
 from consumers.store import lifecycle
 
 FINDING = inline_serializer(
@@ -55,15 +54,6 @@ EVENT = inline_serializer(
     },
     many=True,
 )
-
-
-def findings(source: Source) -> list[Finding]:
-    """What the pre-flight sees; a source that does not answer is one finding."""
-    try:
-        reached = Finding("reachable", True, True, f"{source.host}:{source.port} answers")
-        return [reached, *check(source)]
-    except SourceUnreachable as error:
-        return [Finding("reachable", False, True, str(error))]
 
 
 class SourceCheckView(APIView):

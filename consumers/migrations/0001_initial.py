@@ -266,6 +266,7 @@ class Migration(migrations.Migration):
                 ('token_hash', models.CharField(editable=False, max_length=64, unique=True)),
                 ('prefix', models.CharField(editable=False, max_length=12)),
                 ('created_at', models.DateTimeField(auto_now_add=True)),
+                ('rate_limit', models.IntegerField(blank=True, help_text='Requests a second, in each web process; twice that in a burst. Empty: no limit.', null=True, validators=[django.core.validators.MinValueValidator(1), django.core.validators.MaxValueValidator(1000000)])),
                 ('last_used_at', models.DateTimeField(editable=False, null=True)),
                 ('revoked_at', models.DateTimeField(blank=True, null=True)),
                 ('expires_at', models.DateTimeField(blank=True, null=True)),

@@ -244,3 +244,15 @@ def test_junk_is_never_a_500(api: Api, log: Log, seed: int) -> None:
         method = chance.choice(["GET", "POST", "PATCH", "PUT"])
         status, answer = api(method, f"{path}?{query}", None if method == "GET" else body)
         assert status < 500, (method, path, query, body, answer)
+
+
+def test_a_token_with_a_rate_limit_is_told_to_come_again(api: Api, log: Log, client: Any) -> None:
+    from consumers.tokens import create_token
+
+    plain = create_token("hasty", "manage", rate_limit=3)[1]
+    answers = [client.get("/api/sources", HTTP_AUTHORIZATION=f"Bearer {plain}") for _ in range(10)]
+    codes = [answer.status_code for answer in answers]
+    assert codes[:6] == [200] * 6 and 429 in codes[6:]
+    late = answers[codes.index(429)]
+    assert late["Retry-After"] == "1" and "more than 3 requests a second" in late.json()["summary"]
+    assert api("GET", "sources")[0] == 200, "others do not notice"

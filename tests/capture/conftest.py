@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ SERVERS = {EMBEDDED: None, **{major: binaries for major, binaries in installed_s
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def servers() -> Iterator[dict[str, Any]]:
     """The servers that run already, by major version."""
     running: dict[str, Any] = {EMBEDDED: StoreServer()}
     yield running
@@ -25,9 +24,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
 
 
 @pytest.fixture(params=sorted(SERVERS, reverse=True))
-def source_server(request: pytest.FixtureRequest, servers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def source_server(request: pytest.FixtureRequest, servers: dict[str, Any]) -> Any:
     major = request.param
     if major not in servers:
-        directory: Path = tmp_path_factory.mktemp(f"postgres-{major}")
-        servers[major] = Cluster(directory, SERVERS[major]).start()
+        servers[major] = Cluster(f"postgres-{major}", SERVERS[major]).start()
     return servers[major]

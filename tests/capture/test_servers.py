@@ -4,7 +4,6 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -22,11 +21,11 @@ pytestmark = pytest.mark.django_db(transaction=True)
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[tuple[Cluster, Cluster]]:
-    primary = Cluster(tmp_path / "primary").start()
+def pair() -> Iterator[tuple[Cluster, Cluster]]:
+    primary = Cluster("primary").start()
     primary.execute("CREATE TABLE t (id int PRIMARY KEY)")
     primary.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
-    standby = primary.standby(tmp_path / "standby").start()
+    standby = primary.standby("standby").start()
     yield primary, standby
     standby.remove()
     primary.remove()
@@ -75,7 +74,7 @@ def test_a_publication_cannot_be_made_on_a_standby(pair: tuple[Cluster, Cluster]
         changes.save(source_on(pair[1], publication_name="another"))
 
 
-def test_a_host_with_ipv6_only(tmp_path: Path) -> None:
+def test_a_host_with_ipv6_only() -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
@@ -84,7 +83,7 @@ def test_a_host_with_ipv6_only(tmp_path: Path) -> None:
     class OnlyIpv6(Cluster):
         host = "::1"
 
-    server = OnlyIpv6(tmp_path / "six", listen_addresses="::1").start()
+    server = OnlyIpv6("six", listen_addresses="::1").start()
     try:
         server.execute("CREATE TABLE t (id int PRIMARY KEY)")
         server.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")

@@ -121,3 +121,21 @@ def test_deleting_a_source_in_use_says_by_whom(console: Client, log: Log) -> Non
     log.consumer()
     answer = console.post(f"/admin/consumers/source/{log.source.pk}/delete/", {"post": "yes"}, follow=True)
     assert Source.objects.filter(pk=log.source.pk).exists() and answer.status_code == 200
+
+
+def test_check_events_and_recover_in_the_console(console: Client, make_source: Any, source_database: Any) -> None:
+    source_database.execute("CREATE TABLE t (a int)")
+    source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
+    source = make_source()
+    page = f"/admin/consumers/source/{source.pk}/change/"
+    shown = console.get(f"/admin/consumers/source/{source.pk}/check", follow=True).content.decode()
+    assert "has no replica identity" in shown and "REPLICA IDENTITY FULL" in shown and "findings are good" in shown
+    from consumers.store.appender import Appender
+
+    with Appender(source.pk) as appender:
+        appender.note("type", "public.t", "the type of <b>a</b> became text", backfill=True)
+    assert "the type of &lt;b&gt;a&lt;/b&gt; became text → backfill" in console.get(page).content.decode()
+    source_database.execute("SELECT pg_drop_replication_slot(%s)", [source.slot_name])
+    answer = console.post("/admin/consumers/source/", {"action": "recover", "_selected_action": [str(source.pk)]}, follow=True)
+    assert "capture begins again" in answer.content.decode()
+    assert source_database.execute("SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", [source.slot_name]) == [(1,)]

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -56,8 +55,8 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    made = Cluster(tmp_path_factory.mktemp("faulty"), wal_sender_timeout="6s").start()
+def server() -> Iterator[Cluster]:
+    made = Cluster("faulty", wal_sender_timeout="6s").start()
     yield made
     made.remove()
 
@@ -221,8 +220,8 @@ def test_f18_a_slot_dropped_and_made_anew_is_never_healthy(scene: Scene, forked:
     print("F18 slot dropped and made anew: slot_missing, then gap until acknowledged")  # noqa: T201
 
 
-def test_f10_a_slot_past_its_cap_is_lost_and_made_anew_by_one_action(tmp_path: Path, transactional_db: None, forked: Any) -> None:
-    cluster = Cluster(tmp_path / "capped", max_slot_wal_keep_size="32MB", min_wal_size="32MB", max_wal_size="32MB").start()
+def test_f10_a_slot_past_its_cap_is_lost_and_made_anew_by_one_action(transactional_db: None, forked: Any) -> None:
+    cluster = Cluster("capped", max_slot_wal_keep_size="32MB", min_wal_size="32MB", max_wal_size="32MB").start()
     try:
         scene = Scene(cluster)
         reader = forked(scene.source)
@@ -340,9 +339,9 @@ def test_f24_ddl_storm(scene: Scene, forked: Any, long_run: bool) -> None:
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["in step", "behind"])
-def test_f25_a_standby_is_promoted(tmp_path: Path, transactional_db: None, forked: Any, behind: bool) -> None:
+def test_f25_a_standby_is_promoted(transactional_db: None, forked: Any, behind: bool) -> None:
     """In step: nothing lost or doubled. Behind, without its slot: said, and no new row taken for an old one."""
-    primary = Cluster(tmp_path / "primary").start()
+    primary = Cluster("primary").start()
     standby = None
     try:
         scene = Scene(primary)
@@ -354,7 +353,7 @@ def test_f25_a_standby_is_promoted(tmp_path: Path, transactional_db: None, forke
             primary.restart()
         changes.recover(scene.source)
         slot = {} if behind else {"primary_slot_name": "to_standby", "sync_replication_slots": "on"}
-        standby = primary.standby(tmp_path / "standby", **slot)
+        standby = primary.standby("standby", **slot)
         standby.settings.pop("synchronized_standby_slots", None)
         with (standby.data / "postgresql.auto.conf").open("a") as file:
             file.write(

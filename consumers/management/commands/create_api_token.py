@@ -18,6 +18,7 @@ class Command(BaseCommand):
         parser.add_argument("name")
         parser.add_argument("--scope", default="pull", choices=ApiToken.SCOPES)
         parser.add_argument("--consumer", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
+        parser.add_argument("--rate-limit", type=int, metavar="N", help="requests a second; no limit without it")
 
     def handle(self, *_: Any, **options: Any) -> None:
         chosen = []
@@ -28,7 +29,7 @@ class Command(BaseCommand):
                 raise CommandError(f"there is no consumer {name!r}; there is: {known}")
             chosen.append(found)
         try:
-            plain = create_token(options["name"], options["scope"], chosen)[1]
+            plain = create_token(options["name"], options["scope"], chosen, options["rate_limit"])[1]
         except ValidationError as error:
             raise CommandError("; ".join(f"{field}: {' '.join(text)}" for field, text in error.message_dict.items())) from None
         self.stdout.write(plain)
