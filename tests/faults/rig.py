@@ -15,7 +15,9 @@ from typing import Any
 import psycopg
 from django.db import connection
 
+from consumers import changes
 from consumers.models import Source
+from tests.cluster import Cluster
 from tests.conftest import wait_until
 
 KEYS = 40
@@ -128,6 +130,34 @@ class Writer(threading.Thread):
 
 
 LOAD = "CREATE TABLE load (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, key int NOT NULL, number int NOT NULL)"
+
+
+class Scene:
+    """A source server with a database under load, read through a proxy."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.proxy = Proxy(cluster.port)
+        cluster.execute("DROP DATABASE IF EXISTS shop WITH (FORCE)")
+        cluster.execute("CREATE DATABASE shop")
+        cluster.execute(LOAD, database="shop")
+        cluster.execute("CREATE PUBLICATION sequin_pub FOR ALL TABLES", database="shop")
+        self.source = Source(
+            name="shop", host="127.0.0.1", port=self.proxy.port, database="shop", username="postgres", password=cluster.password
+        )
+        changes.save(self.source)
+        self.writer = Writer(lambda: cluster.connect("shop"))
+
+    def committed(self) -> set[tuple[int, int]]:
+        return {(key, number) for key, number in self.cluster.execute("SELECT key, number FROM load", database="shop")}
+
+    def goes_on(self, timeout: float = 30) -> None:
+        before = stored_count()
+        wait_until(lambda: stored_count() > before + 5, timeout, "capture to go on")
+
+    def close(self) -> None:
+        self.writer.stop()
+        self.proxy.close()
 
 
 def stored() -> list[tuple[int, int]]:

@@ -21,37 +21,9 @@ from consumers import changes
 from consumers.models import Source
 from tests.cluster import Cluster
 from tests.conftest import wait_until
-from tests.faults.rig import LOAD, Proxy, Writer, await_all, peak_mb, state_of, stored, stored_count, timed, verdict
+from tests.faults.rig import Scene, Writer, await_all, peak_mb, state_of, stored, stored_count, timed, verdict
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-class Scene:
-    """A source server with a database under load, read through a proxy."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
-        self.proxy = Proxy(cluster.port)
-        cluster.execute("DROP DATABASE IF EXISTS shop WITH (FORCE)")
-        cluster.execute("CREATE DATABASE shop")
-        cluster.execute(LOAD, database="shop")
-        cluster.execute("CREATE PUBLICATION sequin_pub FOR ALL TABLES", database="shop")
-        self.source = Source(
-            name="shop", host="127.0.0.1", port=self.proxy.port, database="shop", username="postgres", password=cluster.password
-        )
-        changes.save(self.source)
-        self.writer = Writer(lambda: cluster.connect("shop"))
-
-    def committed(self) -> set[tuple[int, int]]:
-        return {(key, number) for key, number in self.cluster.execute("SELECT key, number FROM load", database="shop")}
-
-    def goes_on(self, timeout: float = 30) -> None:
-        before = stored_count()
-        wait_until(lambda: stored_count() > before + 5, timeout, "capture to go on")
-
-    def close(self) -> None:
-        self.writer.stop()
-        self.proxy.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,345 @@
+"""Delivery through faults of endpoints, of workers and of clocks: nothing lost, no key's messages out of order.
+
+Each run prints a verdict line. The names F6 to F22 are those of the fault experiments that docs/push.md lists.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+from uuid import UUID
+
+import pytest
+from django.db import connection
+from standardwebhooks import Webhook
+
+from consumers import changes
+from consumers.models import Consumer, HttpEndpoint
+from consumers.tokens import create_token
+from tests.api.pull_world import Client as PullClient
+from tests.cluster import Cluster
+from tests.conftest import wait_until
+from tests.faults.rig import Scene, timed
+from tests.push.endpoint import Endpoint, Got, status
+from tests.push.test_pump import delivered, endpoint, log, pump, push_to  # noqa: F401
+from tests.store.test_claims import Log
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def counters(consumer: UUID) -> tuple[int, int, int, int]:
+    """out, parked, dead, acked."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT out_count, parked_count, dead_count, acked_count FROM consumer_position WHERE consumer = %s", [consumer]
+        )
+        return cursor.fetchone()
+
+
+def say(name: str, where: Endpoint, expected: int, extra: str = "") -> None:
+    """The verdict: every message arrived, each key's in order of first arrival, repeats under the same id."""
+    seen: dict[str, Any] = {}
+    order: dict[int, list[int]] = defaultdict(list)
+    repeats = 0
+    for got in where.got:
+        for message in got.json.get("data", [got.json]):
+            key = message["metadata"]["idempotency_key"]
+            if key in seen:
+                repeats += 1
+                assert seen[key] == message, "a repeat is the same message"
+                continue
+            seen[key] = message
+            order[message["record"]["id"]].append(message["metadata"]["commit_idx"] + message["metadata"]["commit_lsn"] * 1000)
+    kept = all(numbers == sorted(numbers) for numbers in order.values())
+    line = f"{name}: {expected} messages, lost {expected - len(seen)}, repeated {repeats}, order {'kept' if kept else 'BROKEN'}{extra}"
+    print(line)  # noqa: T201
+    assert len(seen) == expected and kept, line
+
+
+def pump_process(seconds: int = 60) -> subprocess.Popen[bytes]:
+    """A pump in a process of its own, on the test's store."""
+    from tests.conftest import process_environment
+
+    code = f"import django; django.setup(); from delivery.push.pump import Pump; Pump().run({seconds})"
+    return subprocess.Popen([sys.executable, "-c", code], env=process_environment(), cwd=os.getcwd())
+
+
+def test_f6_a_worker_stopped_past_its_lease_is_fenced(log: Log, endpoint: Any, pump: Any) -> None:  # noqa: F811
+    release = threading.Event()
+
+    def answer(got: Got, handler: Any) -> None:
+        if len(where.got) == 1:
+            release.wait(30)  # the first attempt hangs while its sender is stopped
+        status(204)(got, handler)
+
+    where = endpoint(answer)
+    consumer = push_to(log, where, timeout_ms=20_000)
+    log.append(log.row(1), log.row(1))
+    first = pump_process()
+    try:
+        wait_until(lambda: where.got, 20, "the first attempt")
+        os.kill(first.pid, signal.SIGSTOP)
+        pump()  # takes the turn over when it is no longer renewed, and with it what the other had out
+        delivered(consumer, 2)
+        assert counters(consumer) == (0, 0, 0, 2)
+        release.set()
+        os.kill(first.pid, signal.SIGCONT)
+        log.append(log.row(1))
+        delivered(consumer, 3)
+        # The late answer has been taken in when the stopped pump goes on beating.
+        beats = "SELECT count(*) FROM heartbeats WHERE process = 'pump' AND pid = %s AND at > now() - interval '1 s'"
+
+        def beating() -> bool:
+            with connection.cursor() as cursor:
+                cursor.execute(beats, [first.pid])
+                return bool(cursor.fetchone()[0])
+
+        wait_until(beating, 20, "the stopped pump to go on")
+        assert counters(consumer) == (0, 0, 0, 3), "its late result changed nothing"
+        say("F6 SIGSTOP of a worker past its turn", where, 3)
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_f14_an_endpoint_that_flaps(log: Log, endpoint: Any, pump: Any, long_run: bool) -> None:  # noqa: F811
+    began = time.monotonic()
+    half = 10.0 if long_run else 1.0
+    length = 1200 if long_run else 5
+
+    def answer(got: Got, handler: Any) -> None:
+        now = time.monotonic() - began
+        up = now > length or int(now / half) % 2 == 0
+        status(204 if up else 500)(got, handler)
+
+    where = endpoint(answer)
+    consumer = push_to(log, where)
+    pump()
+    sent = 0
+    while time.monotonic() - began < length:
+        log.append(*[log.row(key) for key in range(20)])
+        sent += 20
+        delivered_so_far = counters(consumer)[3]
+        wait_until(lambda: counters(consumer)[3] > delivered_so_far or time.monotonic() - began > length, 60)  # noqa: B023
+    delivered(consumer, sent, timeout=120)
+    assert counters(consumer) == (0, 0, 0, sent)
+    most = max(Counter(got.headers["webhook-id"] for got in where.got).values())
+    say("F14 an endpoint that flaps", where, sent, f", at most {most} attempts of one")
+
+
+def test_f15_an_endpoint_comes_back_to_a_backlog(log: Log, endpoint: Any, pump: Any, long_run: bool) -> None:  # noqa: F811
+    count = 200_000 if long_run else 3_000
+    up = threading.Event()
+    recovered: list[float] = []
+    flying, most_at = [0], []
+    lock = threading.Lock()
+
+    def answer(got: Got, handler: Any) -> None:
+        if up.is_set():
+            with lock:
+                flying[0] += 1
+                most_at.append(flying[0])
+            recovered.append(time.monotonic())
+            status(204)(got, handler)
+            with lock:
+                flying[0] -= 1
+        else:
+            status(503)(got, handler)
+
+    where = endpoint(answer)
+    consumer = push_to(log, where)
+    pump()
+    for begin in range(0, count, 1000):
+        log.append(*[log.row(key) for key in range(begin, begin + 1000)])
+    wait_until(lambda: len(where.got) >= 7, 30, "the breaker to open")
+    down = len(where.got)
+    up.set()
+    delivered(consumer, count, timeout=900 if long_run else 60)
+    first = sum(1 for at in recovered if at < recovered[0] + 1)
+    rate = count / (recovered[-1] - recovered[0])
+    assert max(most_at[:10]) <= 5, "the first after the outage come a few at a time, not all at once"
+    say("F15 an endpoint comes back", where, count, f", {down} attempts while down, first second {first}, then {rate:.0f}/s")
+
+
+def test_f16_an_endpoint_resets_after_reading(log: Log, endpoint: Any, pump: Any) -> None:  # noqa: F811
+    def answer(got: Got, handler: Any) -> None:
+        if len(where.got) % 3 == 0:
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            handler.close_connection = True
+            return
+        status(204)(got, handler)
+
+    where = endpoint(answer)
+    consumer = push_to(log, where)
+    log.append(*[log.row(key % 10) for key in range(60)])
+    pump()
+    delivered(consumer, 60, timeout=60)
+    say("F16 connections reset after the request was read", where, 60)
+
+
+def test_f17_one_hanging_endpoint_beside_many_healthy_ones(log: Log, endpoint: Any, pump: Any, long_run: bool) -> None:  # noqa: F811
+    healthy = 99 if long_run else 30
+    hanging = Endpoint()
+    hanging.answer = hanging.hang
+    try:
+        dead = push_to(log, hanging, timeout_ms=5000)
+        where = endpoint()
+        others = [push_to(log, where) for _ in range(healthy)]
+        pump()
+        pump()
+        for _ in range(5):
+            log.append(log.row(1), log.row(2))
+        for consumer in others:
+            delivered(consumer, 10, timeout=60)
+        assert counters(dead)[3] == 0
+        print(f"F17 one endpoint hangs: {healthy} others have all of their 10 messages meanwhile")  # noqa: T201
+    finally:
+        hanging.close()
+
+
+@pytest.mark.parametrize("ahead_s", [3600, -3600])
+def test_f22_the_clock_of_a_worker_is_wrong(log: Log, endpoint: Any, pump: Any, monkeypatch: Any, ahead_s: int) -> None:  # noqa: F811
+    real = time.time
+
+    def answer(got: Got, handler: Any) -> None:
+        status(500 if len(where.got) == 1 else 204)(got, handler)
+
+    where = endpoint(answer)
+    consumer = push_to(log, where)
+    secret = HttpEndpoint.objects.get().signing_secret
+
+    class Clock:
+        """The worker's own clock; the test and the endpoint keep the right one."""
+
+        monotonic = staticmethod(time.monotonic)
+        sleep = staticmethod(time.sleep)
+
+        @staticmethod
+        def time() -> float:
+            return real() + ahead_s
+
+    monkeypatch.setattr("delivery.push.pump.time", Clock)
+    log.append(log.row(1), log.row(2))
+    with timed() as took:
+        pump()
+        delivered(consumer, 2, timeout=20)
+        seconds = took()
+    for got in where.got:
+        Webhook(secret).verify(got.body, got.headers)  # refuses timestamps off by more than five minutes
+    assert len(where.got) == 3
+    say(f"F22 a worker's clock off by {ahead_s} s: signatures valid, retried after {seconds:.1f} s", where, 2)
+
+
+# Two of everything ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def redis() -> Iterator[str]:
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", "/tmp"],
+        stdout=subprocess.DEVNULL,
+    )
+
+    def up() -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            return False
+        return True
+
+    wait_until(up, 10, "redis to answer")
+    yield f"redis://127.0.0.1:{port}/0"
+    process.terminate()
+    process.wait(10)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = Cluster("scale").start()
+    yield made
+    made.remove()
+
+
+@pytest.mark.parametrize("broker", ["postgres", "redis"])
+def test_two_of_everything_and_one_is_killed(  # noqa: F811
+    cluster: Cluster, transactional_db: None, run: Any, endpoint: Any, broker: str, request: pytest.FixtureRequest, web: str
+) -> None:
+    """Two run_capture, two run_workers: one of each is killed under load. Nothing lost or out of order, soon taken over."""
+    environment = {"SEQUIN_WORKERS": "1", "Q_BROKER_URL": request.getfixturevalue("redis") if broker == "redis" else ""}
+    scene = Scene(cluster)
+    where = endpoint()
+    target = HttpEndpoint(name="there", url=where.url)
+    changes.save(target)
+    shared = {"source": scene.source, "tables": ["public.load"], "group_columns": ["key"], "ack_wait_ms": 2000}
+    push = Consumer(name="push", kind="push", endpoint=target, **shared)
+    pull = Consumer(name="pull", kind="pull", **shared)
+    for consumer in (push, pull):
+        changes.save(consumer)
+    client = PullClient(int(web.rsplit(":", 1)[1]), create_token("t", "pull")[1])
+    pulled: list[tuple[int, int]] = []
+    stopping = threading.Event()
+
+    def receive() -> None:
+        while not stopping.is_set():
+            answer = client.receive("pull", batch_size=100, wait_for="1s")
+            pulled.extend((item["data"]["record"]["key"], item["data"]["record"]["number"]) for item in answer.body["data"])
+            if answer.body["data"]:
+                client.settle("ack", "pull", answer.ack_ids)
+
+    captures = [run("run_capture", **environment) for _ in range(2)]
+    workers = [run("run_workers", **environment) for _ in range(2)]
+    receiver = threading.Thread(target=receive)
+    receiver.start()
+    scene.writer.start()
+    try:
+        wait_until(lambda: len(where.got) > 20 and len(pulled) > 20, 60, "deliveries to begin")
+
+        def both_pump() -> bool:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT count(DISTINCT detail) FROM heartbeats WHERE process = 'pump' AND at > now() - interval '3 s'")
+                return bool(cursor.fetchone()[0] == 2)
+
+        wait_until(both_pump, 30, "both clusters to pump")
+        recovery = 0.0
+        for victim in (captures[0], workers[0]):
+            tree = _descendants(victim.pid)
+            mark = len(where.got), len(pulled)
+            for pid in tree:
+                os.kill(pid, signal.SIGKILL)
+            with timed() as took:
+                wait_until(lambda: len(where.got) > mark[0] + 20 and len(pulled) > mark[1] + 20, 30, "the other to take over")  # noqa: B023
+                recovery = max(recovery, took())
+        scene.writer.stop()
+        committed = scene.committed()
+        wait_until(lambda: committed <= set(pulled), 60, "all by pull")
+        wait_until(lambda: len({(g.json["record"]["key"], g.json["record"]["number"]) for g in where.got}) == len(committed), 60, "all by push")
+    finally:
+        stopping.set()
+        receiver.join(20)
+        scene.close()
+    for name, arrived in (("pull", pulled), ("push", [(g.json["record"]["key"], g.json["record"]["number"]) for g in where.got])):
+        first: dict[int, list[int]] = defaultdict(list)
+        for key, number in dict.fromkeys(arrived):
+            first[key].append(number)
+        assert all(numbers == sorted(numbers) for numbers in first.values()), f"{name} keeps the order of each key"
+    print(f"two of everything on the {broker} broker, one of each killed: {len(committed)} committed, lost 0, order kept, "  # noqa: T201
+          f"taken over within {recovery:.1f} s")  # fmt: skip
+
+
+def _descendants(root: int) -> list[int]:
+    from tests.installation import _tree
+
+    return _tree(root)
