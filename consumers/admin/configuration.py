@@ -72,7 +72,7 @@ class SourceAdmin(ConfigurationAdmin):
     form = SourceForm
     list_display = ("name", "where", "state", "reasons", "retained", "slot_name", "publication_name")
     search_fields = ("name", "host", "database")
-    actions = ("check", "pause", "resume", "recover", "acknowledge_gap")
+    actions = ("check_chosen", "pause", "resume", "recover", "acknowledge_gap")
     actions_detail = ["check_one"]
     readonly_fields = ("state", "reasons", "retained", "events", "slot_created", "publication_created", "created_at")
     fieldsets = (
@@ -122,7 +122,7 @@ class SourceAdmin(ConfigurationAdmin):
         self.set_status(request, chosen, "active")
 
     @admin.action(description="Check: what is right and wrong, and the SQL that mends it")
-    def check(self, request: HttpRequest, chosen: Any) -> None:
+    def check_chosen(self, request: HttpRequest, chosen: Any) -> None:
         for source in chosen:
             self._show_findings(request, source)
 
