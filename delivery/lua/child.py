@@ -138,7 +138,7 @@ def _start(connection: socket.socket, page: int) -> subprocess.Popen[bytes]:
 
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            command, stdin=connection, stdout=page, stderr=subprocess.DEVNULL, env=ENVIRONMENT, cwd="/", close_fds=True
+            command, stdin=connection.fileno(), stdout=page, stderr=subprocess.DEVNULL, env=ENVIRONMENT, cwd="/"
         )
 
     return _starter.call(start)

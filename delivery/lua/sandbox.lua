@@ -13,7 +13,8 @@ local tostring, tonumber, pcall, xpcall, load = tostring, tonumber, pcall, xpcal
 local setmetatable, getmetatable = setmetatable, getmetatable
 local getinfo, sethook, setupvalue = debug.getinfo, debug.sethook, debug.setupvalue
 local clock, collectgarbage = os.clock, collectgarbage
-local format, find, gsub, match, rep, sub = string.format, string.find, string.gsub, string.match, string.rep, string.sub
+local format, find, gsub, match, gmatch = string.format, string.find, string.gsub, string.match, string.gmatch
+local rep, sub = string.rep, string.sub
 local concat, sort, unpack = table.concat, table.sort, table.unpack
 local utf8_len, math_type, huge = utf8.len, math.type, math.huge
 
@@ -46,13 +47,14 @@ end
 local running = false
 local started, spent
 
+-- Raises once; `kept` sees to it that no pcall holds it back.
 local function look_at_clock()
   if not running then return end
-  if spent then error(spent, 0) end
   local now = clock()
   if not started then
     started = now
   elseif now - started > CPU_S then
+    running = false
     spent = fault("took longer than " .. CPU_MS .. " ms CPU", user_line())
     error(spent, 0)
   end
@@ -440,7 +442,7 @@ local function own_format(text, ...)
   if find(text, "%%[^%a%%]*p") then error("invalid conversion '%p' to 'format'", 2) end
   local values = {...}
   local number = 0
-  for spec in string.gmatch(text, "%%[^%a%%]*([%a%%])") do
+  for spec in gmatch(text, "%%[^%a%%]*([%a%%])") do
     if spec ~= "%" then
       number = number + 1
       local kind = math_type(values[number]) or type(values[number])
@@ -608,11 +610,13 @@ local function on_message()
   running = true
   local transform = prepared()
   local result = transform(action, record, changes, metadata)
-  if result == nil then return nil end
-  return to_json(result)
+  local text = result ~= nil and to_json(result) or nil
+  running = false
+  return text
 end
 
 local function handler(problem)
+  running = false
   if getmetatable(problem) == FAULT then return problem end
   if type(problem) ~= "string" then
     return fault("error(…) with " .. (problem == nil and "nil" or "a " .. type(problem) .. " value"), user_line())
@@ -643,8 +647,10 @@ end
 local function run_noting_lines(again)
   local line
   sethook(function(_, number)
-    if getinfo(2, "S").source == CHUNK then line = number end
-    look_at_clock()
+    if getinfo(2, "S").source == CHUNK then
+      line = number
+      look_at_clock()
+    end
   end, "l")
   begin()
   local ok = xpcall(again, handler)
@@ -691,10 +697,18 @@ local function compile(text)
   local function once()
     running = true
     prepared()
+    running = false
   end
   return explained(once, ended(xpcall(once, handler)))
 end
 
-sethook(look_at_clock, "", HOOK_EVERY)
-collectgarbage("generational")
-return {compile = compile, run = run, feed = feed, shape = shape, LIST = LIST, MIXED_LIST = MIXED_LIST, BIG = BIG}
+-- After an error that was raised outside of every xpcall.
+local function recover()
+  running = false
+  args, fed, fed_count, out, path = nil, {}, 0, {}, {}
+  sethook(look_at_clock, "", HOOK_EVERY)
+  collectgarbage()
+end
+
+recover()
+return {compile = compile, run = run, recover = recover, feed = feed, shape = shape, LIST = LIST, MIXED_LIST = MIXED_LIST, BIG = BIG}

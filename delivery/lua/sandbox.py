@@ -39,6 +39,7 @@ class Sandbox:
         trusted = (Path(__file__).with_name("sandbox.lua")).read_text()
         half = self._lua.execute(trusted, limits, name="=(sandbox)")
         self._compile, self._run, self._feed, self._make_shape = half.compile, half.run, half.feed, half.shape
+        self._recover = half.recover
         self._flattener = Flattener(self._shape, half.LIST, half.MIXED_LIST, half.BIG)
 
     def compile(self, text: str) -> LuaError | None:
@@ -54,7 +55,7 @@ class Sandbox:
         except (ValueError, RecursionError) as problem:
             return LuaError(f"the message cannot be given to Lua: {problem}", None)
         except (lua54.LuaError, MemoryError):
-            self._lua.gccollect()
+            self._recover()
             return LuaError(f"needs more than {types.MEMORY_MIB} MiB of memory", None)
         if answer[0] == DROPPED:
             return None
