@@ -19,8 +19,9 @@ local concat, sort, unpack = table.concat, table.sort, table.unpack
 local utf8_len, math_type, huge = utf8.len, math.type, math.huge
 
 local CHUNK = "=transform"
-local CPU_S, OUTPUT_BYTES, DEPTH = limits.cpu_s, limits.output_bytes, limits.depth
-local CPU_MS = format("%d", CPU_S * 1000)
+local CPU_S, WRITE_S, OUTPUT_BYTES, DEPTH = limits.cpu_s, limits.write_s, limits.output_bytes, limits.depth
+local TOO_LONG = format("took longer than %d ms CPU", CPU_S * 1000)
+local WRITING_TOO_LONG = format("the result took longer than %d ms CPU to write", WRITE_S * 1000)
 local HOOK_EVERY = 1000 -- VM instructions, some 5 µs
 local LARGE = 4096 -- bytes or elements; a C function given more looks at the clock first
 local LARGEST_REP = 16 * 1024 * 1024
@@ -45,7 +46,7 @@ end
 -- CPU time. The clock is read first when the hook first fires, so that a short message costs nothing. --------------------
 
 local running = false
-local started, spent
+local started, spent, writing
 
 -- Raises once; `kept` sees to it that no pcall holds it back.
 local function look_at_clock()
@@ -53,9 +54,9 @@ local function look_at_clock()
   local now = clock()
   if not started then
     started = now
-  elseif now - started > CPU_S then
+  elseif now - started > (writing and WRITE_S or CPU_S) then
     running = false
-    spent = fault("took longer than " .. CPU_MS .. " ms CPU", user_line())
+    spent = fault(writing and WRITING_TOO_LONG or TOO_LONG, user_line())
     error(spent, 0)
   end
 end
@@ -110,9 +111,7 @@ local json_text
 
 -- What `sandbox.py` keeps for each set of keys: a marker for an object of scalars, one for an object with more inside.
 local function shape(keys)
-  local texts = {}
-  for i = 1, #keys do texts[i] = json_text(keys[i]) .. ":" end
-  local order = {[OBJECT_ORDER] = keys, texts = texts}
+  local order = {[OBJECT_ORDER] = keys}
   local flat = {keys = keys, order = order, make = constructor(keys)}
   return flat, {keys = keys, order = order, make = flat.make, mixed = true}
 end
@@ -257,17 +256,31 @@ local function write(value, depth, key)
   out[length] = text
 end
 
-local function write_members(object, keys, texts, depth)
+local key_texts, keys_known = {}, 0
+local KEYS_KNOWN, KEY_BYTES = 5000, 100 -- how many are kept, and how long ones
+
+-- `,"key":`
+local function key_text(key)
+  local text = "," .. json_text(key) .. ":"
+  if #key > KEY_BYTES then return text end
+  keys_known = keys_known + 1
+  if keys_known > KEYS_KNOWN then key_texts, keys_known = {}, 1 end
+  key_texts[key] = text
+  return text
+end
+
+local function write_members(object, keys, depth)
   local count = 0
   for i = 1, #keys do
     local key = keys[i]
     local value = object[key]
     if value ~= nil then
-      local text = texts and texts[i] or json_text(key) .. ":"
-      size = size + #text + 1
+      local text = key_texts[key] or key_text(key)
+      size = size + #text
       count = count + 1
       length = length + 1
-      out[length] = out[length - 1] ~= "{" and "," .. text or text
+      if out[length - 1] == "{" then text = sub(text, 2) end
+      out[length] = text
       local kind = type(value)
       if kind == "string" then
         if find(value, '[\0-\31"\\]') then value = gsub(value, '[\0-\31"\\]', ESCAPES) end
@@ -305,10 +318,12 @@ local function write_array(list, count, depth)
   out[length] = "]"
 end
 
+local KEYS = "keys must all be strings (an object) or the integers 1, 2, 3 … (an array)"
+
 local function sorted_keys(object, known, depth)
   local keys, count = {}, 0
   for key in next, object do
-    if type(key) ~= "string" then refuse("keys of an object must be strings, this one is a " .. type(key), depth) end
+    if type(key) ~= "string" then refuse(KEYS, depth) end
     if not known or not known[key] then
       count = count + 1
       keys[count] = key
@@ -318,13 +333,10 @@ local function sorted_keys(object, known, depth)
   return keys
 end
 
-local function highest_index(list, depth, what)
+local function highest_index(list, depth)
   local highest, count = 0, 0
   for key in next, list do
-    if math_type(key) ~= "integer" or key < 1 then
-      local shown = type(key) == "string" and '"' .. sub(key, 1, 50) .. '"' or tostring(key)
-      refuse(what .. " has the key " .. shown, depth)
-    end
+    if math_type(key) ~= "integer" or key < 1 then refuse(KEYS, depth) end
     if key > highest then highest = key end
     count = count + 1
   end
@@ -334,13 +346,13 @@ end
 function write_table(value, tag, depth)
   if depth > DEPTH then error(fault("the result contains itself or is more than " .. DEPTH .. " levels deep"), 0) end
   size = size + 2
-  if tag == ARRAY then return write_array(value, highest_index(value, depth, "an array"), depth) end
+  if tag == ARRAY then return write_array(value, highest_index(value, depth), depth) end
   local order = tag and tag[OBJECT_ORDER]
   if tag and not order then refuse("a library is no JSON value", depth) end
   if not order then
     local first = next(value)
     if math_type(first) == "integer" then
-      local highest, count = highest_index(value, depth, "a list")
+      local highest, count = highest_index(value, depth)
       if highest ~= count then refuse("a list with holes; array{…} makes them null", depth) end
       return write_array(value, count, depth)
     end
@@ -348,15 +360,15 @@ function write_table(value, tag, depth)
   length = length + 1
   out[length] = "{"
   if order then
-    local count = write_members(value, order, tag.texts, depth)
+    local count = write_members(value, order, depth)
     for _ in next, value do count = count - 1 end
     if count < 0 then
       local known = {}
       for i = 1, #order do known[order[i]] = true end
-      write_members(value, sorted_keys(value, known, depth), nil, depth)
+      write_members(value, sorted_keys(value, known, depth), depth)
     end
   else
-    write_members(value, sorted_keys(value, nil, depth), nil, depth)
+    write_members(value, sorted_keys(value, nil, depth), depth)
   end
   length = length + 1
   out[length] = "}"
@@ -610,6 +622,7 @@ local function on_message()
   running = true
   local transform = prepared()
   local result = transform(action, record, changes, metadata)
+  started, writing = nil, true
   local text = result ~= nil and to_json(result) or nil
   running = false
   return text
@@ -640,7 +653,7 @@ local function ended(ok, result)
 end
 
 local function begin()
-  started, spent = nil, nil
+  started, spent, writing = nil, nil, false
 end
 
 -- Where memory ran out is not told by the error, so the message runs once more, noting lines.
@@ -690,7 +703,9 @@ end
 local function compile(text)
   local compiled, problem = load(text, CHUNK, "t", {})
   if not compiled then
-    return ended(false, handler(problem))
+    local refused = handler(problem)
+    refused.line = refused.line or 1
+    return ended(false, refused)
   end
   chunk = compiled
   begin()

@@ -34,7 +34,13 @@ class Sandbox:
             max_memory=types.MEMORY_MIB * MIB,
         )
         limits = self._lua.table_from(
-            {"cpu_s": types.CPU_S, "memory_mib": types.MEMORY_MIB, "output_bytes": types.OUTPUT_BYTES, "depth": types.DEPTH}
+            {
+                "cpu_s": types.CPU_S,
+                "write_s": types.WRITE_S,
+                "memory_mib": types.MEMORY_MIB,
+                "output_bytes": types.OUTPUT_BYTES,
+                "depth": types.DEPTH,
+            }
         )
         trusted = (Path(__file__).with_name("sandbox.lua")).read_text()
         half = self._lua.execute(trusted, limits, name="=(sandbox)")

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-CPU_S = 0.05
+CPU_S = 0.05  # of the user's text
+WRITE_S = 0.2  # CPU, of its result as JSON
 MEMORY_MIB = 64
 OUTPUT_BYTES = 1024 * 1024
 DEPTH = 100

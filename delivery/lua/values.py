@@ -11,7 +11,7 @@ from json import JSONDecoder
 from typing import Any
 
 SCALARS = frozenset((str, int, float, bool, type(None)))
-KEYS_KEPT = 20_000  # over all sets of keys; then they are learnt again
+KEYS_KEPT = 500_000  # characters, over all sets of keys; then they are learnt again
 INT64 = range(-(2**63), 2**63)
 
 
@@ -98,10 +98,11 @@ class Flattener:
                 self._flatten(member, out)
 
     def _learn(self, keys: tuple[str, ...]) -> tuple[Any, Any]:
-        self._keys += len(keys) + 1
+        size = sum(map(len, keys)) + 10 * len(keys) + 10
+        self._keys += size
         if self._keys > KEYS_KEPT:
             self._shapes.clear()
-            self._keys = len(keys) + 1
+            self._keys = size
         markers = self._shapes[keys] = self._shape(keys)
         return markers
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import mmap
-import os
 import signal
 import socket
 import struct
@@ -17,9 +16,9 @@ import time
 
 from delivery.lua import frames, jail
 from delivery.lua.sandbox import Sandbox
-from delivery.lua.types import CPU_S
+from delivery.lua.types import CPU_S, WRITE_S
 
-HARD_CPU_S = CPU_S + 0.2  # the slack is for large messages and for telling the line when memory ran out
+HARD_CPU_S = CPU_S + WRITE_S + 0.05
 DECODE_S_PER_BYTE = 1e-7
 FLUSH_AFTER_S = 0.001
 FLUSH_BYTES = 64 * 1024
@@ -28,7 +27,7 @@ PAGE = struct.Struct("=Q")
 
 def main() -> None:
     parent = int(sys.argv[-1])
-    connection = socket.socket(fileno=os.dup(0))
+    connection = socket.socket(fileno=0)
     page = mmap.mmap(1, PAGE.size)
     sandbox = Sandbox()
     gc.freeze()
