@@ -19,13 +19,14 @@ from consumers.store.types import ACTIONS, Claim, ClaimedMessage, Failure, Settl
 
 SCAN_ROWS = 20_000  # looked at in one transaction, so that nobody waits long behind it
 SCAN_MS = 250  # one claim's budget; past it the answer is empty although the end is not reached
+MAX_CLAIM_BYTES = 16 * 1024 * 1024  # of rows in one claim; a larger message comes alone
 RECEIPT_BYTES = 24  # token 16, id 8
 
 _relation_names: dict[int, tuple[str, str]] = {}  # relation versions never change
 
 
 def claim(consumer_id: UUID, limit: int, *, lease_ms: int, holder: UUID | None = None) -> Claim:
-    """Hand out up to `limit` messages for `lease_ms`, in log order.
+    """Hand out up to `limit` messages for `lease_ms`, in log order; fewer when they are large.
 
     Empty and not at_end: SCAN_MS went by among messages that were not for this consumer; call again.
     A paused, disabled or unknown consumer gets an empty claim at the end.
@@ -33,7 +34,8 @@ def claim(consumer_id: UUID, limit: int, *, lease_ms: int, holder: UUID | None =
     deadline = time.monotonic() + SCAN_MS / 1000
     while True:
         rows = _fetch(
-            "SELECT * FROM sequin_claim(%s, %s, %s, %s, %s)", [consumer_id, limit, lease_ms, holder, SCAN_ROWS]
+            "SELECT * FROM sequin_claim(%s, %s, %s, %s, %s, %s)",
+            [consumer_id, limit, lease_ms, holder, SCAN_ROWS, MAX_CLAIM_BYTES],
         )
         token, at_end, next_due_ms = rows[0][0], rows[0][1], rows[0][2]
         if token is not None:

@@ -410,7 +410,9 @@ end $$;
 -- Hand out up to p_limit messages under a new lease: due heads of parked groups first, then the log from the position
 -- on. One row a message in log order; or one row without a message. `at_end`: nothing more can be had now;
 -- an empty answer without it means that p_scan rows were looked at in vain and the caller asks again.
-create function sequin_claim(p_consumer uuid, p_limit integer, p_lease_ms bigint, p_holder uuid, p_scan integer)
+-- No more than p_max_bytes of rows, except that one message always fits.
+create function sequin_claim(p_consumer uuid, p_limit integer, p_lease_ms bigint, p_holder uuid, p_scan integer,
+                             p_max_bytes bigint)
 returns table (
     token uuid, at_end boolean, next_due_ms bigint, source uuid, id bigint, deliver_count integer, grp bigint, grp2 bigint,
     max_batch integer, relation integer, action "char", record text, changes text, key text, commit_lsn bigint,
@@ -463,6 +465,8 @@ declare
     t_grp2s      bigint[];
     t_stop       bigint;
     v_token      uuid;
+    v_fit        integer;
+    v_beyond     bigint[];
     i            integer;
 begin
     -- A lost lease is a redelivery, so the claim need not wait for the disk.
@@ -734,6 +738,22 @@ begin
      where p.consumer = p_consumer
        and (p.position, p.out_count, p.parked_count, p.dead_count) is distinct from
            (v_position, v_pos.out_count + cardinality(v_ids), v_pos.parked_count + v_parked, v_pos.dead_count);
+
+    if cardinality(v_ids) > 1 then
+        -- What does not fit into one answer keeps its place. The length of a large value is known without reading it.
+        select count(*) into v_fit from (
+            select sum(l.bytes) over (order by u.n) as bytes, u.n
+            from unnest(v_ids) with ordinality u(id, n)
+            left join lateral (select octet_length(x.record) + coalesce(octet_length(x.changes), 0) as bytes
+                               from messages x where x.source = v_pos.source and x.id = u.id) l on true
+        ) s where coalesce(s.bytes, 0) <= p_max_bytes or s.n = 1;
+        if v_fit < cardinality(v_ids) then
+            v_beyond := v_ids[v_fit + 1:];
+            perform sequin_undo(p_consumer, array_fill(v_token, array[cardinality(v_beyond)]), v_beyond);
+            v_ids := v_ids[:v_fit];
+            v_end := false;
+        end if;
+    end if;
 
     if v_ids = '{}' then
         at_end := v_end;
