@@ -748,8 +748,9 @@ begin
         select count(*) into v_fit from (
             select sum(l.bytes) over (order by u.n) as bytes, u.n
             from unnest(v_ids) with ordinality u(id, n)
+            -- one probe a message: without the limit the planner may join the whole partition
             left join lateral (select octet_length(x.record) + coalesce(octet_length(x.changes), 0) as bytes
-                               from messages x where x.source = v_pos.source and x.id = u.id) l on true
+                               from messages x where x.source = v_pos.source and x.id = u.id limit 1) l on true
         ) s where coalesce(s.bytes, 0) <= p_max_bytes or s.n = 1;
         if v_fit < cardinality(v_ids) then
             v_beyond := v_ids[v_fit + 1:];
