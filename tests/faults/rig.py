@@ -55,10 +55,12 @@ class Proxy:
         while not self._closed:
             try:
                 client, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
                 server = socket.create_connection(("127.0.0.1", self.target), 5)
             except OSError:
-                if self._closed:
-                    return
+                client.close()
                 continue
             threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
 

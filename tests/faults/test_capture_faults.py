@@ -350,10 +350,11 @@ def test_f25_a_standby_is_promoted(transactional_db: None, forked: Any, behind: 
             standby.restart()
             wait_until(lambda: standby.execute("SELECT pg_is_in_recovery()") == [(False,)], 20, "the promotion")
         else:
+            # While the slot moves the standby looks at it often.
+            synced = "SELECT synced AND NOT temporary FROM pg_replication_slots WHERE slot_name = 'sequin_slot'"
+            wait_until(lambda: standby.execute(synced) == [(True,)], 60, "the slot to be kept in step")
             scene.writer.stop()
             await_all(scene.committed)
-            synced = "SELECT synced AND NOT temporary FROM pg_replication_slots WHERE slot_name = 'sequin_slot'"
-            wait_until(lambda: standby.execute(synced) == [(True,)], 40, "the slot to be kept in step")
             primary.stop("fast")
             standby.promote()
         scene.cluster = standby
