@@ -51,7 +51,7 @@ def pump() -> Iterator[Callable[[], Pump]]:
 
         def run() -> None:
             try:
-                made.run(60)
+                made.run(3600)
             finally:
                 connection.close()
 
