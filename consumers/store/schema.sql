@@ -470,7 +470,9 @@ declare
     i            integer;
 begin
     -- A lost lease is a redelivery, so the claim need not wait for the disk.
-    perform set_config('synchronous_commit', 'off', true);
+    perform set_config('synchronous_commit', 'off', true),
+            -- receivers wait here and not for the row: a row's lock is handed on in two waits
+            pg_advisory_xact_lock(hashtextextended(p_consumer::text, 0));
     select p.* into v_pos from consumer_position p where p.consumer = p_consumer for update;
     select c.status, c.tables, c.group_columns, c.max_ack_pending, c.max_deliver, c.max_per_group, c.max_parked,
            array(select case a when 'insert' then 'I' when 'update' then 'U' when 'delete' then 'D' when 'truncate' then 'T'
@@ -852,7 +854,9 @@ declare
     r         record;
     x         record;
 begin
-    perform set_config('synchronous_commit', 'off', true);
+    perform set_config('synchronous_commit', 'off', true),
+            -- receivers wait here and not for the row: a row's lock is handed on in two waits
+            pg_advisory_xact_lock(hashtextextended(p_consumer::text, 0));
     select p.* into v_pos from consumer_position p where p.consumer = p_consumer for update;
     if v_pos.consumer is null then
         done := 0; stale := v_total;
@@ -960,7 +964,9 @@ declare
     r             record;
     g             record;
 begin
-    perform set_config('synchronous_commit', 'off', true);
+    perform set_config('synchronous_commit', 'off', true),
+            -- receivers wait here and not for the row: a row's lock is handed on in two waits
+            pg_advisory_xact_lock(hashtextextended(p_consumer::text, 0));
     select p.* into v_pos from consumer_position p where p.consumer = p_consumer for update;
     done := 0; stale := cardinality(p_ids);
     if v_pos.consumer is null then
