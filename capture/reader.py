@@ -235,7 +235,8 @@ class Reader:
             self._annotations = None
         elif message.prefix == ANNOTATE + "set":
             try:
-                if not isinstance(json.loads(message.content), dict):
+                # As text: of bytes, loads would also take UTF-16 and halves of surrogate pairs, which the store does not.
+                if not isinstance(json.loads(message.content.decode(), parse_constant=_refuse_constant), dict):
                     raise ValueError("not an object")
             except (ValueError, RecursionError) as error:
                 if self._skip <= self._index:
@@ -378,3 +379,7 @@ class Reader:
         if before is None or progress.epoch != before.epoch:
             self._appender.begin_history(progress, gap)
         return progress
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
