@@ -176,6 +176,7 @@ class RowEncoder:
         # A column that the publication leaves out has no place in the tuple, and a null one in the key.
         self._key = [names.index(name) if name in names else -1 for name in primary_key]
         self._identity = [index for index, is_key in enumerate(identity) if is_key]
+        self._in_identity = frozenset(self._identity)
 
     def insert(self, new: Sequence[Value]) -> EncodedRow:
         record, unchanged = self._record(new)
@@ -184,6 +185,9 @@ class RowEncoder:
     def update(self, old_kind: str, old: Sequence[Value], new: Sequence[Value]) -> EncodedRow:
         if old_kind == "O":
             new = [before if now is UNCHANGED else now for before, now in zip(old, new, strict=True)]
+        elif old_kind and UNCHANGED in new:  # the server sends a large key with the old row, because it is not in the new one
+            known = self._in_identity
+            new = [old[i] if now is UNCHANGED and i in known else now for i, now in enumerate(new)]
         record, unchanged = self._record(new)
         key = self.key(new)
         if not old_kind:
@@ -215,7 +219,7 @@ class RowEncoder:
         """The key before. What the identity's columns do not tell has not changed, or cannot be known."""
         if old_kind == "O":
             return self.key(old)
-        known = set(self._identity)
+        known = self._in_identity
         return self.key([old[i] if i in known else new[i] for i in range(len(new))])
 
     def _key_text(self, value: Value) -> bytes:

@@ -284,18 +284,44 @@ def test_updates_deletes_and_toast_under_each_identity(source_database: SourceDa
     assert touched.key == ["1"] and moved.key == ["2"]
 
 
-def test_a_key_that_was_not_sent_is_taken_from_the_old_row_or_known_to_be_missing(source_database: SourceDatabase, make_source: Any) -> None:
-    source_database.execute("CREATE TABLE t (id text PRIMARY KEY, n int); ALTER TABLE t ALTER id SET STORAGE EXTERNAL")
+def test_a_large_key_comes_with_the_old_row(source_database: SourceDatabase, make_source: Any) -> None:
+    """A TOASTed key that an update leaves alone is not in the new row; the server sends it as the old key instead."""
+    source_database.execute("CREATE TABLE t (id text PRIMARY KEY, code int NOT NULL UNIQUE, n int); ALTER TABLE t ALTER id SET STORAGE EXTERNAL")
     source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
     source = make_source()
+    first, second = "k" * 2500, "l" * 2500
     with source_database.connect() as conn:
-        conn.execute("INSERT INTO t VALUES (repeat('k', 2500), 1)")
+        conn.execute("INSERT INTO t VALUES (repeat('k', 2500), 1, 1)")
         conn.execute("UPDATE t SET n = 2")
+        conn.execute("UPDATE t SET id = repeat('l', 2500)")
         conn.execute("ALTER TABLE t REPLICA IDENTITY FULL")
         conn.execute("UPDATE t SET n = 3")
-    read_until(source, lambda: raw_records() >= 3)
-    inserted, keyless, keyed = logged()
-    assert inserted.key == keyed.key == ["k" * 2500]
-    assert keyless.key == [None] and "id" not in keyless.record, "never a guess"
+        conn.execute("DELETE FROM t")
+    read_until(source, lambda: raw_records() >= 5)
+    inserted, touched, moved, full, gone = logged()
+    assert inserted.key == touched.key == [first] and moved.key == full.key == gone.key == [second]
+    assert touched.record == {"id": first, "code": 1, "n": 2} and touched.changes == {}
+    assert moved.changes == {"id": first} and full.changes == {"n": 2} and gone.record == {"id": second, "code": 1, "n": 3}
+    assert not [kind for kind, *_ in events(source) if kind == "key_not_sent"]
+
+
+def test_a_key_that_was_not_sent_is_never_guessed(source_database: SourceDatabase, make_source: Any) -> None:
+    source_database.execute(
+        "CREATE TABLE t (id text PRIMARY KEY, code text NOT NULL UNIQUE, n int);"
+        "ALTER TABLE t ALTER id SET STORAGE EXTERNAL, ALTER code SET STORAGE EXTERNAL, REPLICA IDENTITY USING INDEX t_code_key"
+    )
+    source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
+    source = make_source()
+    first, code = "k" * 2500, "c" * 2500
+    with source_database.connect() as conn:
+        conn.execute("INSERT INTO t VALUES (repeat('k', 2500), repeat('c', 2500), 1)")
+        conn.execute("UPDATE t SET n = 2")
+        conn.execute("UPDATE t SET id = 'new'")
+        conn.execute("DELETE FROM t")
+    read_until(source, lambda: raw_records() >= 4)
+    inserted, keyless, moved, gone = logged()
+    assert inserted.key == [first] and moved.key == ["new"]
+    assert keyless.key == gone.key == [None]
+    assert keyless.record == {"code": code, "n": 2} and gone.record == {"code": code}
     kind, table, text, _ = events(source)[0]
     assert (kind, table) == ("key_not_sent", "public.t") and "REPLICA IDENTITY FULL" in text

@@ -69,3 +69,9 @@ def test_a_delete_has_the_key_or_the_row() -> None:
 
 def test_a_table_without_a_key() -> None:
     assert encoder(full=True, key=()).insert([b"1", b"a", b"b"]).key == b"[]"
+
+
+def test_a_large_key_that_did_not_change_is_taken_from_the_old_row() -> None:
+    row = encoder().update("K", [b"1", None, None], [UNCHANGED, b"b", UNCHANGED])
+    assert (row.record, row.key, row.old_key, row.changes) == (b'{"id":1,"name":"b"}', b'["1"]', None, b"{}")
+    assert row.unchanged == b'["big"]' and not row.old_values_known
