@@ -21,6 +21,7 @@ from capture.lsn import format_lsn
 from consumers.source_connection import cut_after
 
 POSTGRES_EPOCH_S = 946_684_800  # 2000-01-01 UTC
+READ_BYTES = 16 * 1024 * 1024  # of messages taken at once, when they are large; the last one may go beyond
 STATUS_EVERY_S = 1.0
 BUSY_STATUS_EVERY_S = 2.0
 ASK_AFTER_S, DEAD_AFTER_S = 10.0, 20.0
@@ -88,7 +89,7 @@ class ReplicationStream:
         self.close()
 
     def batches(self, limit: int, wait_s: float) -> Iterator[list[bytes]]:
-        """Yield what has arrived, up to `limit` messages at a time; an empty list after `wait_s` without any.
+        """Yield what has arrived, up to `limit` messages or READ_BYTES at a time; an empty list after `wait_s` without any.
 
         Keepalives alone do not keep it from yielding: the caller has clocks of its own to look at. A server that says
         nothing is asked for a sign of life, and given up when none comes: a dead connection looks like an idle one.
@@ -99,13 +100,15 @@ class ReplicationStream:
         get = conn.get_copy_data
         while True:
             batch: list[bytes] = []
+            size = 0
             deadline = time.monotonic() + wait_s  # also when keepalives come all the time
-            while len(batch) < limit:
+            while len(batch) < limit and size < READ_BYTES:
                 count, data = get(1)
                 if count > 0:
                     self._asked_at = 0.0
                     if data[0] == XLOG_DATA:
                         batch.append(bytes(data[HEADER_BYTES:]))
+                        size += len(data)
                     elif data[0] == KEEPALIVE:
                         self._keepalive(bytes(data))
                 elif count == 0:
