@@ -1,4 +1,7 @@
-"""Read from the source's catalog what pgoutput does not say: primary keys, and what the types are made of."""
+"""Read from the source's catalog what pgoutput does not say: primary keys, and what the types are made of.
+
+Names come as the bytes they are stored in: whatever the database's encoding, none is refused.
+"""
 from __future__ import annotations
 
 from typing import Any
@@ -6,6 +9,7 @@ from typing import Any
 import psycopg
 
 from capture.encoder import ArrayOf, Kind
+from capture.encodings import codec_of, readable
 from capture.pgoutput import Relation
 
 # Built-in types that are not text in JSON. Source: pg_type.dat; to_json's categories in src/backend/utils/adt/json.c.
@@ -15,12 +19,12 @@ SCALAR_KINDS: dict[int, Kind] = {
 }  # fmt: skip
 
 _PRIMARY_KEY_SQL = """
-    SELECT a.attname::text FROM pg_index i, unnest(i.indkey::int2[]) WITH ORDINALITY k(att, n), pg_attribute a
+    SELECT convert_to(a.attname::text, 'SQL_ASCII') FROM pg_index i, unnest(i.indkey::int2[]) WITH ORDINALITY k(att, n), pg_attribute a
     WHERE i.indrelid = %s AND i.indisprimary AND a.attrelid = i.indrelid AND a.attnum = k.att AND k.n <= i.indnkeyatts
     ORDER BY k.n
 """
 _TYPE_SQL = """
-    SELECT t.typtype::text, t.typbasetype::bigint, t.typdelim::text, format_type(t.oid, NULL),
+    SELECT t.typtype::text, t.typbasetype::bigint, t.typdelim::text, convert_to(format_type(t.oid, NULL), 'SQL_ASCII'),
            CASE WHEN t.typelem <> 0 AND t.typlen = -1 AND t.typcategory = 'A' THEN t.typelem::bigint ELSE 0 END,
            coalesce((SELECT e.typdelim::text FROM pg_type e WHERE e.oid = t.typelem), ',')
     FROM pg_type t WHERE t.oid = %s
@@ -30,8 +34,10 @@ _TYPE_SQL = """
 class Catalog:
     """The source's catalog, read when a Relation message comes; types are remembered."""
 
-    def __init__(self, conn: psycopg.Connection[Any]) -> None:
+    def __init__(self, conn: psycopg.Connection[Any], encoding: str) -> None:
+        """`encoding` is the database's, as Postgres calls it."""
         self._conn = conn
+        self._codec = codec_of(encoding)
         self._kinds: dict[int, tuple[Kind, str]] = {}
 
     @property
@@ -42,16 +48,16 @@ class Catalog:
     def filled_columns(self, oid: int) -> set[str]:
         """The columns that existing rows have a value in although nobody wrote it: with a default, generated, identity."""
         rows = self._conn.execute(
-            "SELECT attname::text FROM pg_attribute WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped"
+            "SELECT convert_to(attname::text, 'SQL_ASCII') FROM pg_attribute WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped"
             " AND (atthasdef OR attidentity <> '')",
             [oid],
         ).fetchall()
-        return {row[0] for row in rows}
+        return {readable(row[0], self._codec) for row in rows}
 
     def primary_key(self, relation: Relation) -> tuple[str, ...]:
         """The primary key's columns in key order. A table that is gone meanwhile: the columns pgoutput flagged."""
         rows = self._conn.execute(_PRIMARY_KEY_SQL, [relation.oid]).fetchall()
-        names = tuple(row[0] for row in rows)
+        names = tuple(readable(row[0], self._codec) for row in rows)
         if names:
             return names
         exists = self._conn.execute("SELECT 1 FROM pg_class WHERE oid = %s", [relation.oid]).fetchone()
@@ -70,7 +76,8 @@ class Catalog:
         row = self._conn.execute(_TYPE_SQL, [type_oid]).fetchone()
         if row is None:
             return SCALAR_KINDS.get(type_oid, "text"), f"oid {type_oid}"
-        typtype, base, _, name, element, delimiter = row
+        typtype, base, _, raw_name, element, delimiter = row
+        name = readable(raw_name, self._codec)
         if type_oid in SCALAR_KINDS:
             return SCALAR_KINDS[type_oid], name
         if typtype == "d" and base:

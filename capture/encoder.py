@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from json.encoder import encode_basestring
 from typing import NamedTuple
 
+from capture.encodings import readable, readable_json
 from capture.pgoutput import UNCHANGED, Unchanged, Value
 
 Converter = Callable[[bytes], bytes]
@@ -36,16 +37,10 @@ class EncodedRow(NamedTuple):
 
 
 def text_to_json(value: bytes) -> bytes:
-    return encode_basestring(value.decode()).encode()
-
-
-def any_text_to_json(value: bytes) -> bytes:
-    """For a database without an encoding: what is no UTF-8 is shown as `\\xff`."""
-    return encode_basestring(value.decode("utf-8", "backslashreplace")).encode()
-
-
-def any_json_to_json(value: bytes) -> bytes:
-    return value.decode("utf-8", "replace").encode()
+    try:
+        return encode_basestring(value.decode()).encode()
+    except UnicodeDecodeError:  # an output function that minds no encoding
+        return encode_basestring(readable(value, "utf-8")).encode()
 
 
 def number_to_json(value: bytes) -> bytes:
@@ -90,9 +85,16 @@ CONVERTERS: dict[str, Converter] = {
 }
 
 
-UNENCODED: dict[str, Converter] = {
-    **CONVERTERS, "text": any_text_to_json, "json": any_json_to_json, "text_vector": _vector(any_text_to_json)
-}  # fmt: skip
+def unconverted(codec: str) -> dict[str, Converter]:
+    """The functions for texts that the server did not convert to UTF-8; `codec` reads them."""
+
+    def text(value: bytes) -> bytes:
+        return encode_basestring(readable(value, codec)).encode()
+
+    def from_json(value: bytes) -> bytes:
+        return readable_json(value, codec).encode()
+
+    return {**CONVERTERS, "text": text, "json": from_json, "text_vector": _vector(text)}
 
 
 def converter_of(kind: Kind, converters: Mapping[str, Converter] = CONVERTERS) -> Converter:
@@ -161,13 +163,14 @@ class RowEncoder:
     """Encodes the rows of one relation version."""
 
     def __init__(
-        self, names: Sequence[str], kinds: Sequence[Kind], primary_key: Sequence[str], identity: Sequence[bool], *, encoded: bool = True
-    ) -> None:
+        self, names: Sequence[str], kinds: Sequence[Kind], primary_key: Sequence[str], identity: Sequence[bool],
+        *, codec: str | None = None,
+    ) -> None:  # fmt: skip
         """`identity` says for each column whether pgoutput sends it with a delete's or update's key.
 
-        `encoded`: the database has an encoding, so that every text is valid UTF-8 here.
+        `codec`: reads texts that the server does not convert to UTF-8.
         """
-        converters = CONVERTERS if encoded else UNENCODED
+        converters = CONVERTERS if codec is None else unconverted(codec)
         self._text = converters["text"]
         self._names = [encode_basestring(name).encode() + b":" for name in names]
         self._plain_names = [encode_basestring(name).encode() for name in names]
@@ -176,6 +179,7 @@ class RowEncoder:
         # A column that the publication leaves out has no place in the tuple, and a null one in the key.
         self._key = [names.index(name) if name in names else -1 for name in primary_key]
         self._identity = [index for index, is_key in enumerate(identity) if is_key]
+        self._in_identity = frozenset(self._identity)
 
     def insert(self, new: Sequence[Value]) -> EncodedRow:
         record, unchanged = self._record(new)
@@ -184,6 +188,9 @@ class RowEncoder:
     def update(self, old_kind: str, old: Sequence[Value], new: Sequence[Value]) -> EncodedRow:
         if old_kind == "O":
             new = [before if now is UNCHANGED else now for before, now in zip(old, new, strict=True)]
+        elif old_kind and UNCHANGED in new:  # the server sends a large key with the old row, because it is not in the new one
+            known = self._in_identity
+            new = [old[i] if now is UNCHANGED and i in known else now for i, now in enumerate(new)]
         record, unchanged = self._record(new)
         key = self.key(new)
         if not old_kind:
@@ -215,7 +222,7 @@ class RowEncoder:
         """The key before. What the identity's columns do not tell has not changed, or cannot be known."""
         if old_kind == "O":
             return self.key(old)
-        known = set(self._identity)
+        known = self._in_identity
         return self.key([old[i] if i in known else new[i] for i in range(len(new))])
 
     def _key_text(self, value: Value) -> bytes:

@@ -162,8 +162,9 @@ def decode_tuple(data: bytes, at: int) -> tuple[list[Value], int]:
 
 
 def _text(data: bytes, at: int) -> tuple[str, int]:
+    """A name. Bytes that are no UTF-8 are escaped, not refused: the database may have another encoding (`encodings`)."""
     end = data.index(0, at)
-    return data[at:end].decode(), end + 1
+    return data[at:end].decode("utf-8", "surrogateescape"), end + 1
 
 
 def _begin(data: bytes) -> tuple[Begin, int]:

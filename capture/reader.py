@@ -18,10 +18,11 @@ import psycopg
 from capture import history, pgoutput, surroundings
 from capture.catalog import Catalog
 from capture.encoder import EncodedRow, RowEncoder
+from capture.encodings import SQL_ASCII, UTF8, codec_of, with_readable_names
 from capture.lsn import format_lsn, widen_xid
 from capture.pgoutput import decode_tuple
 from capture.shapes import differences
-from capture.stream import ReplicationStream, SlotActive
+from capture.stream import ReplicationStream, SlotActive, Untranslatable
 from capture.surroundings import Slot
 from consumers.models import Source
 from consumers.source_connection import APPLICATION_NAME, conninfo, connect, cut_after
@@ -96,28 +97,39 @@ class Reader:
 
     def run(self) -> None:
         """Raises SlotUnusable, NoRoom, SlotActive and StreamEnded, SourceUnreachable, ProgressMoved and psycopg's errors."""
+        with connect(self.source) as control:
+            self._encoding = surroundings.encoding(control)
+            self._catalog = Catalog(control, self._encoding)
+            try:
+                self._run(control, converted=self._encoding != SQL_ASCII)
+            except Untranslatable as error:
+                if self._encoding in (UTF8, SQL_ASCII):
+                    raise
+                self._tell_untranslatable(error)
+                self._run(control, converted=False)
+
+    def _run(self, control: psycopg.Connection[Any], *, converted: bool) -> None:
+        """`converted`: the server makes UTF-8 of everything. If not, texts come in the database's encoding."""
         # A reader killed a moment ago may still have its process on the server: it is known by this name.
         name = f"{APPLICATION_NAME} {self.source.pk}"
-        with connect(self.source) as control:
-            self._catalog = Catalog(control)
-            slot = self._look(control)
-            self._encoded = surroundings.has_encoding(control)
-            parameters = conninfo(self.source, replication=True, application_name=name, encoded=self._encoded)
-            with ReplicationStream(parameters) as stream:
-                self._progress = self._open_history(slot, stream)
-                self._done_lsn = self._progress.stored_lsn
-                try:
-                    stream.start(self.source.slot_name, self.source.publication_name, self._progress.reached_lsn)
-                except SlotActive as error:
-                    surroundings.end_own_sender(control, error.pid, name)
-                    raise
-                log.info(
-                    "reading source=%s slot=%s from=%s", self.source.name, self.source.slot_name,
-                    format_lsn(self._progress.reached_lsn),
-                )  # fmt: skip
-                self._report(slot)
-                self._look_at_tables(control)
-                self._read(stream, control)
+        self._codec = None if converted else codec_of(self._encoding)
+        self._tables, self._begin, self._index = {}, None, 0
+        slot = self._look(control)
+        with ReplicationStream(conninfo(self.source, replication=True, application_name=name, encoded=converted)) as stream:
+            self._progress = self._open_history(slot, stream)
+            self._done_lsn = self._progress.stored_lsn
+            try:
+                stream.start(self.source.slot_name, self.source.publication_name, self._progress.reached_lsn)
+            except SlotActive as error:
+                surroundings.end_own_sender(control, error.pid, name)
+                raise
+            log.info(
+                "reading source=%s slot=%s from=%s", self.source.name, self.source.slot_name,
+                format_lsn(self._progress.reached_lsn),
+            )  # fmt: skip
+            self._report(slot)
+            self._look_at_tables(control)
+            self._read(stream, control)
 
     def _read(self, stream: ReplicationStream, control: psycopg.Connection[Any]) -> None:
         looked_at = time.monotonic()
@@ -235,7 +247,8 @@ class Reader:
             self._annotations = None
         elif message.prefix == ANNOTATE + "set":
             try:
-                if not isinstance(json.loads(message.content), dict):
+                # As text: of bytes, loads would also take UTF-16 and halves of surrogate pairs, which the store does not.
+                if not isinstance(json.loads(message.content.decode(), parse_constant=_refuse_constant), dict):
                     raise ValueError("not an object")
             except (ValueError, RecursionError) as error:
                 if self._skip <= self._index:
@@ -281,6 +294,7 @@ class Reader:
 
     def _table(self, relation: pgoutput.Relation) -> Table:
         """Register the relation version and make its encoder."""
+        relation = with_readable_names(relation, self._codec or "utf-8")
         with cut_after(self._catalog.descriptor, LOOK_WITHIN_S):
             primary_key = self._catalog.primary_key(relation)
             kinds = [self._catalog.kind(column.type_oid) for column in relation.columns]
@@ -301,7 +315,7 @@ class Reader:
             [kind for kind, _ in kinds],
             primary_key,
             [column.is_key for column in relation.columns],
-            encoded=self._encoded,
+            codec=self._codec,
         )
         self._keyless.discard(relation.oid)
         version = self._appender.register_relation(self._progress.epoch, shape)
@@ -334,6 +348,13 @@ class Reader:
             f" record_pks. Run on the source: ALTER TABLE {table.name} REPLICA IDENTITY FULL",
         )  # fmt: skip
 
+    def _tell_untranslatable(self, error: Untranslatable) -> None:
+        log.warning("reading unconverted source=%s: %s", self.source.name, error)
+        self._appender.note(
+            "encoding", None,
+            f"a value has no equivalent in UTF-8; such bytes arrive as \\x escapes ({str(error)[:300]})",
+        )  # fmt: skip
+
     def _look(self, control: psycopg.Connection[Any]) -> Slot:
         """Read the slot's state. Raises SlotUnusable."""
         with cut_after(control.fileno(), LOOK_WITHIN_S):
@@ -348,7 +369,7 @@ class Reader:
             return
         self._tables_at = now
         with cut_after(control.fileno(), LOOK_WITHIN_S):
-            tables = surroundings.look_at_tables(control, self.source.publication_name)
+            tables = surroundings.look_at_tables(control, self.source.publication_name, self._encoding)
         before = self._appender.known_tables()
         for event in surroundings.membership_changes(before, tables):
             log.warning("publication changed source=%s table=%s: %s", self.source.name, event.table, event.text)
@@ -378,3 +399,7 @@ class Reader:
         if before is None or progress.epoch != before.epoch:
             self._appender.begin_history(progress, gap)
         return progress
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

@@ -21,10 +21,12 @@ from capture.lsn import format_lsn
 from consumers.source_connection import cut_after
 
 POSTGRES_EPOCH_S = 946_684_800  # 2000-01-01 UTC
+READ_BYTES = 16 * 1024 * 1024  # of messages taken at once, when they are large; the last one may go beyond
 STATUS_EVERY_S = 1.0
 BUSY_STATUS_EVERY_S = 2.0
 ASK_AFTER_S, DEAD_AFTER_S = 10.0, 20.0
 ANSWER_WITHIN_S = 15.0  # to a command before the stream begins
+CANNOT_CONVERT = (b"22P05", b"22021")  # SQLSTATE untranslatable_character, character_not_in_repertoire
 _STATUS = struct.Struct("!cQQQqB")
 _KEEPALIVE = struct.Struct("!QqB")
 HEADER_BYTES = 25  # of an XLogData message; the payload follows
@@ -41,6 +43,10 @@ class SlotActive(StreamEnded):
     def __init__(self, text: str, pid: int) -> None:
         self.pid = pid
         super().__init__(text)
+
+
+class Untranslatable(StreamEnded):
+    """The server cannot convert a value to UTF-8: a byte that means nothing in the database's own encoding, say."""
 
 
 class ReplicationStream:
@@ -88,24 +94,26 @@ class ReplicationStream:
         self.close()
 
     def batches(self, limit: int, wait_s: float) -> Iterator[list[bytes]]:
-        """Yield what has arrived, up to `limit` messages at a time; an empty list after `wait_s` without any.
+        """Yield what has arrived, up to `limit` messages or READ_BYTES at a time; an empty list after `wait_s` without any.
 
         Keepalives alone do not keep it from yielding: the caller has clocks of its own to look at. A server that says
         nothing is asked for a sign of life, and given up when none comes: a dead connection looks like an idle one.
 
-        Raises StreamEnded.
+        Raises StreamEnded, Untranslatable.
         """
         conn = self._conn
         get = conn.get_copy_data
         while True:
             batch: list[bytes] = []
+            size = 0
             deadline = time.monotonic() + wait_s  # also when keepalives come all the time
-            while len(batch) < limit:
+            while len(batch) < limit and size < READ_BYTES:
                 count, data = get(1)
                 if count > 0:
                     self._asked_at = 0.0
                     if data[0] == XLOG_DATA:
                         batch.append(bytes(data[HEADER_BYTES:]))
+                        size += len(data)
                     elif data[0] == KEEPALIVE:
                         self._keepalive(bytes(data))
                 elif count == 0:
@@ -119,8 +127,7 @@ class ReplicationStream:
                             break
                     self._consume()
                 else:
-                    result = conn.get_result()
-                    raise StreamEnded(_line(result.error_message if result is not None else b"the server ended the stream"))
+                    raise self._ended()
             self.send_status_by_clock()
             if not batch:
                 self._demand_life()
@@ -182,6 +189,18 @@ class ReplicationStream:
     def close(self) -> None:
         self._helper.close()
         self._conn.finish()
+
+    def _ended(self) -> StreamEnded:
+        result = self._conn.get_result()
+        if result is None:
+            return StreamEnded("the server ended the stream")
+        line = _line(result.error_message)
+        if result.error_field(pq.DiagnosticField.SQLSTATE) not in CANNOT_CONVERT:
+            return StreamEnded(line)
+        with cut_after(self._conn.socket, ANSWER_WITHIN_S):
+            while self._conn.get_result() is not None:  # to the command's very end: then the slot is free
+                pass
+        return Untranslatable(line)
 
     def _demand_life(self) -> None:
         now = time.monotonic()

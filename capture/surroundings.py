@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import psycopg
 
+from capture.encodings import codec_of, readable
 from consumers.hosting import readable_bytes, setting_bytes
 from consumers.models import Source
 from consumers.preflight import PLUGIN, RETAINED_ALARM_BYTES
@@ -33,10 +34,11 @@ class Slot(NamedTuple):
     """What people should know although all is well."""
 
 
-def has_encoding(control: psycopg.Connection[Any]) -> bool:
-    """False for a SQL_ASCII database: the server converts nothing there, and refuses to where text is no UTF-8."""
+def encoding(control: psycopg.Connection[Any]) -> str:
+    """The database's, as Postgres calls it."""
     row = control.execute("SELECT pg_encoding_to_char(encoding) FROM pg_database WHERE datname = current_database()").fetchone()
-    return row is None or row[0] != "SQL_ASCII"
+    assert row is not None
+    return str(row[0])
 
 
 def look_at_slot(control: psycopg.Connection[Any], source: Source) -> Slot:
@@ -132,10 +134,11 @@ class Membership(NamedTuple):
     backfill: bool
 
 
-def look_at_tables(control: psycopg.Connection[Any], publication: str) -> Tables:
+def look_at_tables(control: psycopg.Connection[Any], publication: str, encoding: str) -> Tables:
     """Partitioned tables count as their partitions: those are what rows are in."""
-    rows = control.execute(
-        "SELECT c.oid::bigint, n.nspname || '.' || c.relname, p.oid IS NOT NULL FROM pg_class c"
+    codec = codec_of(encoding)
+    found = control.execute(
+        "SELECT c.oid::bigint, convert_to(n.nspname || '.' || c.relname, 'SQL_ASCII'), p.oid IS NOT NULL FROM pg_class c"
         " JOIN pg_namespace n ON n.oid = c.relnamespace"
         " LEFT JOIN (SELECT DISTINCT t.relid AS oid FROM pg_get_publication_tables(%s) g,"
         "  LATERAL (SELECT coalesce(x.relid, g.relid) AS relid FROM (SELECT) one LEFT JOIN pg_partition_tree(g.relid) x ON true) t"
@@ -144,6 +147,7 @@ def look_at_tables(control: psycopg.Connection[Any], publication: str) -> Tables
         " AND (p.oid IS NOT NULL OR pg_relation_size(c.oid) > 0)",
         [publication],
     ).fetchall()
+    rows = [(oid, readable(name, codec), member) for oid, name, member in found]
     published = {oid: name for oid, name, member in rows if member}
     return Tables(published, {oid: name for oid, name, member in rows if not member})
 

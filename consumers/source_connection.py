@@ -31,6 +31,7 @@ PINNED_SETTINGS = {
     "bytea_output": "hex",
     "client_min_messages": "warning",
     "search_path": "pg_catalog",
+    "quote_all_identifiers": "off",
 }
 
 

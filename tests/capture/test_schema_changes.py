@@ -195,6 +195,21 @@ def test_annotations_follow_their_transaction(begin: Any, source_database: Sourc
     assert [kind for kind, _, _, _ in events(source)] == ["annotations", "annotations"]
 
 
+@pytest.mark.parametrize(
+    "content", [b'{\0"\0a\0"\0:\0001\0}\0', b'{"a":"\xed\xa0\x80"}', b'\xef\xbb\xbf{}', b'{"a":NaN}', b'{"a":"\0"}', b"\xff"],
+    ids=["UTF-16", "half a surrogate pair", "byte order mark", "NaN", "NUL", "no UTF-8"],
+)  # fmt: skip
+def test_annotations_that_the_store_could_not_take_stop_nothing(begin: Any, source_database: SourceDatabase, content: bytes) -> None:
+    source = begin("CREATE TABLE t (id int PRIMARY KEY)")
+    with reading(source):
+        with source_database.connect() as conn, conn.transaction():
+            conn.execute("SELECT pg_logical_emit_message(true, 'sequin:transaction_annotations.set', %s::bytea)", [content])
+            conn.execute("INSERT INTO t VALUES (1)")
+        (row,) = await_messages(1)
+    assert row.annotations is None
+    assert [kind for kind, _, _, _ in events(source)] == ["annotations"]
+
+
 def test_many_tables_and_partitions_and_the_widest_row(begin: Any, source_database: SourceDatabase) -> None:
     columns = ", ".join(f"c{number} int" for number in range(1599))
     source = begin(

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capture.encoder import ArrayOf, RowEncoder, converter_of, text_to_json
+from capture.encoder import ArrayOf, RowEncoder, converter_of, text_to_json, unconverted
+from capture.encodings import codec_of, readable
 from capture.pgoutput import UNCHANGED
 
 
@@ -69,3 +70,35 @@ def test_a_delete_has_the_key_or_the_row() -> None:
 
 def test_a_table_without_a_key() -> None:
     assert encoder(full=True, key=()).insert([b"1", b"a", b"b"]).key == b"[]"
+
+
+def test_a_large_key_that_did_not_change_is_taken_from_the_old_row() -> None:
+    row = encoder().update("K", [b"1", None, None], [UNCHANGED, b"b", UNCHANGED])
+    assert (row.record, row.key, row.old_key, row.changes) == (b'{"id":1,"name":"b"}', b'["1"]', None, b"{}")
+    assert row.unchanged == b'["big"]' and not row.old_values_known
+
+
+@given(st.binary(), st.sampled_from(["utf-8", "cp1252", "euc_jp", "ascii", "iso8859_2"]))
+def test_bytes_of_any_encoding_are_one_json_string(value: bytes, codec: str) -> None:
+    converters = unconverted(codec)
+    assert isinstance(json.loads(converters["text"](value).decode()), str)
+    assert isinstance(json.loads(text_to_json(value).decode()), str)
+    inside = value.translate(None, bytes(range(0x20)) + b'"\\')
+    assert isinstance(json.loads(converters["json"](b'"%b"' % inside).decode()), str)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "codec"),
+    [
+        ("UTF8", "utf-8"), ("SQL_ASCII", "utf-8"), ("LATIN1", "iso8859_1"), ("LATIN9", "iso8859_15"), ("WIN1252", "cp1252"),
+        ("WIN866", "cp866"), ("ISO_8859_5", "iso8859_5"), ("KOI8U", "koi8_u"), ("EUC_TW", "ascii"),
+    ],
+)  # fmt: skip
+def test_codecs(encoding: str, codec: str) -> None:
+    assert codec_of(encoding) == codec
+
+
+def test_every_codec_exists() -> None:
+    singles = [f"LATIN{n}" for n in range(1, 11)] + [f"WIN{n}" for n in (866, 874, *range(1250, 1259))]
+    for encoding in [*singles, "EUC_JP", "EUC_CN", "EUC_KR", "EUC_JIS_2004", "KOI8R", "KOI8U", *(f"ISO_8859_{n}" for n in range(5, 9))]:
+        assert readable(b"plain", codec_of(encoding)) == "plain"
