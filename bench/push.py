@@ -1,7 +1,7 @@
-"""Measure pushes a second, single and in batches of 100, beside a bare keep-alive loop of `requests`, alternating.
+"""Measure pushes a second, single and in batches of 100, beside a bare keep-alive loop over libcurl, alternating.
 
-The sink is a process of its own on loopback that answers at once. The bare loop posts the same bytes on the same number of
-threads as the pump has requests in flight, through the adapter alone, which is the fastest way to use `requests`.
+The sink is a process of its own on loopback that answers at once. The bare loop posts the same bytes with as many requests in
+flight as the pump has, and does nothing else: no claim, no rendering, no signature, no ack.
 """
 from __future__ import annotations
 
@@ -61,23 +61,36 @@ def answer(conn: socket.socket) -> None:
 
 
 def bare(url: str, body: bytes, headers: dict[str, str], count: int) -> float:
-    """POSTs a second of the bare loop."""
-    import requests
-    from requests.adapters import HTTPAdapter
+    """POSTs a second of a bare loop over libcurl with CONCURRENCY requests in flight, connections kept alive."""
+    import pycurl
 
-    adapter = HTTPAdapter(pool_maxsize=CONCURRENCY)
-    prepared = requests.Request("POST", url, data=body, headers=headers).prepare()
+    def handle() -> Any:
+        made = pycurl.Curl()
+        made.setopt(pycurl.URL, url)
+        made.setopt(pycurl.POST, 1)
+        made.setopt(pycurl.POSTFIELDS, body)
+        made.setopt(pycurl.HTTPHEADER, [f"{name}: {value}" for name, value in headers.items()] + ["Expect:"])
+        made.setopt(pycurl.WRITEFUNCTION, lambda data: None)
+        return made
 
-    def post() -> None:
-        for _ in range(count // CONCURRENCY):
-            adapter.send(prepared.copy(), timeout=10, proxies={}).content  # noqa: B018
-
-    threads = [threading.Thread(target=post) for _ in range(CONCURRENCY)]
+    multi = pycurl.CurlMulti()
+    handles = [handle() for _ in range(CONCURRENCY)]
+    for one in handles:
+        multi.add_handle(one)
+    sent, done = CONCURRENCY, 0
     began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    while done < count:
+        multi.perform()
+        _, good, bad = multi.info_read()
+        assert not bad, bad
+        for one in good:
+            done += 1
+            multi.remove_handle(one)
+            if sent < count:
+                sent += 1
+                multi.add_handle(one)
+        if not good:
+            multi.select(1.0)
     return count / (time.perf_counter() - began)
 
 
