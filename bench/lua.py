@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from delivery.lua.transformer import Transformer  # noqa: E402
-from delivery.lua.types import Call  # noqa: E402
+from consumers.lua.transformer import Transformer  # noqa: E402
+from consumers.lua.types import Call  # noqa: E402
 
 ROUNDS = 7
 MESSAGE = Call(

@@ -11,6 +11,7 @@ import psycopg
 from capture.encoder import ArrayOf, Kind
 from capture.encodings import codec_of, readable
 from capture.pgoutput import Relation
+from consumers.source_types import ValueTypes
 
 # Built-in types that are not text in JSON. Source: pg_type.dat; to_json's categories in src/backend/utils/adt/json.c.
 SCALAR_KINDS: dict[int, Kind] = {
@@ -39,6 +40,7 @@ class Catalog:
         self._conn = conn
         self._codec = codec_of(encoding)
         self._kinds: dict[int, tuple[Kind, str]] = {}
+        self.value_types = ValueTypes(conn)
 
     @property
     def descriptor(self) -> int:

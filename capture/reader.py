@@ -298,13 +298,14 @@ class Reader:
         with cut_after(self._catalog.descriptor, LOOK_WITHIN_S):
             primary_key = self._catalog.primary_key(relation)
             kinds = [self._catalog.kind(column.type_oid) for column in relation.columns]
+            values = [self._catalog.value_types.of(column.type_oid, column.typmod) for column in relation.columns]
         shape = RelationShape(
             relation.oid,
             relation.schema,
             relation.table,
             tuple(
-                ColumnShape(column.name, column.type_oid, column.typmod, name)
-                for column, (_, name) in zip(relation.columns, kinds, strict=True)
+                ColumnShape(column.name, column.type_oid, column.typmod, name, *value)
+                for column, (_, name), value in zip(relation.columns, kinds, values, strict=True)
             ),
             primary_key,
             relation.replica_identity,

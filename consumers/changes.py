@@ -12,6 +12,7 @@ from django.core.exceptions import ValidationError
 from django.db import transaction
 
 from consumers.models import Consumer, HttpEndpoint, Source
+from consumers.routing import check_where
 from consumers.source_connection import SourceUnreachable, reason_of
 from consumers.source_setup import (
     Prepared,
@@ -73,9 +74,11 @@ def rehearse(thing: Source | HttpEndpoint | Consumer) -> Prepared | None:
     """Do what can fail elsewhere before saving, so that a form can show it: `save` takes the answer. Raises ValidationError."""
     if isinstance(thing, Source):
         return prepare(thing)
-    if isinstance(thing, Consumer) and thing._state.adding:
-        _publish(thing)
-        _position(thing.source)
+    if isinstance(thing, Consumer):
+        check_where(thing)
+        if thing._state.adding:
+            _publish(thing)
+            _position(thing.source)
     return None
 
 
@@ -139,6 +142,8 @@ def _save_source(source: Source, made: Prepared | None) -> None:
 
 def _save_consumer(consumer: Consumer) -> None:
     before = None if consumer._state.adding else Consumer.objects.filter(pk=consumer.pk).first()
+    if before is None or (before.tables, before.where) != (consumer.tables, consumer.where):
+        check_where(consumer)
     if before is None or before.tables != consumer.tables:
         _publish(consumer)
     if before is None:
@@ -155,6 +160,8 @@ def _save_consumer(consumer: Consumer) -> None:
                 lifecycle.disable(consumer.pk)
             elif before.status == "disabled":
                 lifecycle.enable(consumer.pk)
+        if (before.where, before.transform) != (consumer.where, consumer.transform):
+            lifecycle.mended(consumer.pk)
         lifecycle.wake(consumer.pk)
 
 

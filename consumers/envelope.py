@@ -43,6 +43,8 @@ class StoredMessage(Protocol):
     def annotations(self) -> str | None: ...
     @property
     def source_id(self) -> UUID: ...
+    @property
+    def where_undecided(self) -> bool: ...
 
 
 def idempotency_key(message: StoredMessage) -> str:
@@ -76,6 +78,8 @@ def render_with(message: StoredMessage, tail: str) -> bytes:
         extra = f'"unchanged_columns":{message.unchanged},'
     if message.action == "update" and not message.old_values_known:
         extra += '"old_values_known":false,'
+    if message.where_undecided:
+        extra += '"where_undecided":true,'
     return (
         f'{{"record":{message.record},"changes":{message.changes or "null"},"action":"{message.action}",'
         f'"metadata":{{"table_schema":{_text(message.schema)},"table_name":{_text(message.table)},'

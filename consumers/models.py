@@ -31,6 +31,7 @@ from consumers.store.models import (  # noqa: F401  (Django finds the models thr
 )
 from consumers.endpoint_rules import check_headers, check_url
 from consumers.hosting import pooler_problem
+from consumers.routing import clean_transform, clean_where
 
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 WEAK_SSL_MODES = ("disable", "allow", "prefer")
@@ -255,6 +256,7 @@ class Consumer(Named):
             self.status_reason = ""
         self._clean_lists(errors)
         self._clean_kind(errors)
+        self._clean_routing(errors)
         self._refuse_what_is_not_built(errors)
         self._refuse_what_is_fixed(errors)
         if errors:
@@ -284,13 +286,24 @@ class Consumer(Named):
         if self.path and (not self.path.startswith(("/", "?")) or re.search(r"[\s\0#]", self.path)):
             errors["path"] = "expected a path such as /hooks/orders, without spaces and without #"
 
+    def _clean_routing(self, errors: dict[str, Any]) -> None:
+        """Against the tables they are judged when it is saved (`changes.py`)."""
+        if not self.where.strip():
+            self.where = ""
+        if not self.transform.strip():
+            self.transform = ""
+        before = None if self._state.adding else Consumer.objects.filter(pk=self.pk).values("where", "transform").first()
+        for field, clean in (("where", clean_where), ("transform", clean_transform)):
+            text = getattr(self, field)
+            if text and (before is None or before[field] != text):
+                try:
+                    clean(text)
+                except ValidationError as error:
+                    errors[field] = error.messages
+        if self.stream == "rows" and not {"insert", "update"} & set(self.actions):
+            errors["actions"] = "a stream of rows delivers the latest state of rows: expected insert, update or both"
+
     def _refuse_what_is_not_built(self, errors: dict[str, Any]) -> None:
-        if self.where:
-            errors["where"] = f"where: filtering by SQL {NOT_YET}"
-        if self.transform:
-            errors["transform"] = f"transform: a Lua function {NOT_YET}"
-        if self.stream == "rows":
-            errors["stream"] = f"stream: rows {NOT_YET}, only changes is"
         if self.start_from == "beginning":
             errors["start_from"] = f"start_from: beginning {NOT_YET}, only now is"
 

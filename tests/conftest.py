@@ -243,8 +243,10 @@ def web(run: Callable[..., Any], free_port: int) -> str:
 def _stop_listening(django_db_setup: None) -> Iterator[None]:
     """The pull API's listener of this process ends before the database does."""
     yield
+    from consumers.filters import filtering
     from delivery.pull.waiting import room
 
+    filtering.close()
     room.close()
     if room._listener is not None:
         room._listener.join(5)

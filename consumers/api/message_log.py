@@ -87,6 +87,7 @@ class ListedMessage(NamedTuple):
     old_values_known: bool
     annotations: str | None
     source_id: UUID
+    where_undecided: bool = False
 
 
 def list_messages(

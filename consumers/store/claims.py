@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import random
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,12 +16,20 @@ from uuid import UUID
 import psycopg
 from django.db import connection
 
+from consumers.backoff import HELD, delay_ms
+from consumers.filters.scouting import NONE_NEEDED, Scout, scouts
+from consumers.filters.statements import DROPS, UNDECIDED
 from consumers.store.types import ACTIONS, Claim, ClaimedMessage, Failure, Settled
 
 SCAN_ROWS = 20_000  # looked at in one transaction, so that nobody waits long behind it
 SCAN_MS = 250  # one claim's budget; past it the answer is empty although the end is not reached
 MAX_CLAIM_BYTES = 16 * 1024 * 1024  # of rows in one claim; a larger message comes alone
 RECEIPT_BYTES = 24  # token 16, id 8
+
+_CLAIM_SQL = (
+    "SELECT * FROM sequin_claim(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::bigint[],"
+    " %s::bigint[], %s::bigint[])"
+)
 
 _relation_names: dict[int, tuple[str, str]] = {}  # relation versions never change
 
@@ -33,21 +42,35 @@ def claim(consumer_id: UUID, limit: int, *, lease_ms: int, holder: UUID | None =
     """
     deadline = time.monotonic() + SCAN_MS / 1000
     while True:
-        rows = _fetch(
-            "SELECT * FROM sequin_claim(%s, %s, %s, %s, %s, %s)",
-            [consumer_id, limit, lease_ms, holder, SCAN_ROWS, MAX_CLAIM_BYTES],
-        )
-        token, at_end, next_due_ms = rows[0][0], rows[0][1], rows[0][2]
+        scout = scouts.of(consumer_id)
+        verdicts = NONE_NEEDED if scout is None else scout.verdicts(limit, deadline)
+        rows = _fetch(_CLAIM_SQL, [consumer_id, limit, lease_ms, holder, SCAN_ROWS, MAX_CLAIM_BYTES, *map(_parameter, verdicts[:-1])])
+        token, at_end, next_due_ms, reached, needs_verdicts = rows[0][:5]
+        if needs_verdicts:
+            scouts.renew(consumer_id)  # the consumer was edited
+            continue
         if token is not None:
-            return Claim(token, _messages(rows), bool(at_end), None)
+            messages = _messages(rows, frozenset(verdicts.undecided))
+            if scout is not None:
+                messages = _judged_again(consumer_id, scout, token, messages, {row[7] for row in rows if row[5]})
+                scout.moved(reached)
+            if messages:
+                return Claim(token, messages, bool(at_end) and verdicts.at_log_end, None)
+        elif scout is not None:
+            scout.moved(reached)
+        at_end = at_end and verdicts.at_log_end and token is None
         if at_end or time.monotonic() >= deadline:
             return Claim(None, [], bool(at_end), None if next_due_ms is None else max(0, int(next_due_ms)))
 
 
 def ack(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]]) -> Settled:
     """Finish these messages. Counts also after the lease's end, until they are handed out again."""
-    tokens, ids = _columns(receipts, 2)
-    return Settled(*_fetch("SELECT * FROM sequin_ack(%s, %s::uuid[], %s::bigint[])", [consumer_id, tokens, ids])[0])
+    return _acknowledge(consumer_id, receipts, filtered=False)
+
+
+def drop(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]]) -> Settled:
+    """Finish messages that the consumer's filter or transform does not want; counted as filtered."""
+    return _acknowledge(consumer_id, receipts, filtered=True)
 
 
 def nack(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]], delay_ms: int = 0) -> Settled:
@@ -110,6 +133,48 @@ def decode_receipt(ack_id: str) -> tuple[UUID, int] | None:
     return UUID(bytes=raw[:16]), int.from_bytes(raw[16:], "big")
 
 
+def _judged_again(
+    consumer_id: UUID, scout: Scout, token: UUID, messages: list[ClaimedMessage], fresh: set[int]
+) -> list[ClaimedMessage]:
+    """Ask today's filter about what came from the parked ones: what was never handed out goes by it, the rest is only flagged.
+
+    What fails is parked again, and what follows it in its group comes back with it.
+    """
+    parked = [message.id for message in messages if message.id in fresh or message.deliver_count > 1]
+    if not parked:
+        return messages
+    judged = scout.judge(parked)
+    kept, dropped, failures, held = [], [], [], set[int]()
+    for message in messages:
+        groups = {message.group, message.group if message.group2 is None else message.group2}
+        verdict, failed = judged.get(message.id, (None, None))
+        if held & groups:
+            held |= groups
+        elif failed is not None and message.id in fresh:
+            delay = failed.delay_ms if failed.delay_ms == HELD else delay_ms(message.deliver_count, random.uniform(-1, 1))
+            failures.append(Failure(token, message.id, delay, failed.error, reason="error"))
+            held |= groups
+        elif verdict == DROPS and message.id in fresh:
+            dropped.append((token, message.id))
+        else:
+            kept.append(message._replace(where_undecided=True) if verdict == UNDECIDED else message)
+    if dropped:
+        drop(consumer_id, dropped)
+    if failures:
+        fail(consumer_id, failures)
+    return kept
+
+
+def _acknowledge(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]], *, filtered: bool) -> Settled:
+    tokens, ids = _columns(receipts, 2)
+    rows = _fetch("SELECT * FROM sequin_ack(%s, %s::uuid[], %s::bigint[], %s)", [consumer_id, tokens, ids, filtered])
+    return Settled(*rows[0])
+
+
+def _parameter(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
 def _return(
     consumer_id: UUID, tokens: list[Any], ids: list[Any], delays: list[Any], reasons: list[Any], errors: list[Any],
     statuses: list[Any], batches: list[Any], *, sent: bool,
@@ -136,21 +201,21 @@ def _fetch(query: str, parameters: list[Any]) -> list[tuple[Any, ...]]:
         return cursor.fetchall()
 
 
-def _messages(rows: list[tuple[Any, ...]]) -> list[ClaimedMessage]:
-    missing = {row[9] for row in rows} - _relation_names.keys()
+def _messages(rows: list[tuple[Any, ...]], undecided: frozenset[int]) -> list[ClaimedMessage]:
+    missing = {row[12] for row in rows} - _relation_names.keys()
     if missing:
         found = _fetch("SELECT id, schema_name, table_name FROM relation_version WHERE id = ANY (%s)", [list(missing)])
         _relation_names.update({row[0]: (row[1], row[2]) for row in found})
     messages = []
     for (
-        _, _, _, source, id_, count, group, group2, max_batch, relation, action, record, changes, key, commit_lsn,
+        _, _, _, _, _, _, source, id_, count, group, group2, max_batch, relation, action, record, changes, key, commit_lsn,
         commit_idx, committed_at, epoch, unchanged, old_values_known, notes,
     ) in rows:  # fmt: skip
         schema, table = _relation_names[relation]
         messages.append(
             ClaimedMessage(
                 id_, count, group, group2, max_batch, ACTIONS[action], schema, table, record, changes, key, commit_lsn,
-                commit_idx, committed_at, epoch, unchanged, old_values_known, notes, source,
+                commit_idx, committed_at, epoch, unchanged, old_values_known, notes, source, id_ in undecided,
             )
         )  # fmt: skip
     return messages

@@ -92,7 +92,7 @@ WAITING_SQL = """
     JOIN messages m ON m.source = p.source AND m.id > p.position
     JOIN relation_version r ON r.id = m.relation
     WHERE p.consumer = %(consumer)s AND c.status <> 'disabled' AND (m.consumer = p.consumer OR m.consumer IS NULL
-      AND CASE m.action WHEN 'I' THEN 'insert' WHEN 'U' THEN 'update' WHEN 'D' THEN 'delete' WHEN 'T' THEN 'truncate' END
+      AND (c.stream = 'changes' OR m.action IN ('I', 'U')) AND CASE m.action WHEN 'I' THEN 'insert' WHEN 'U' THEN 'update' WHEN 'D' THEN 'delete' WHEN 'T' THEN 'truncate' END
           = ANY (c.actions)
       AND (c.tables = '{}' OR r.schema_name || '.' || r.table_name = ANY (c.tables) OR r.schema_name || '.*' = ANY (c.tables))
       AND (m.epoch <> p.start_epoch OR m.commit_lsn >= p.start_lsn))
@@ -132,6 +132,11 @@ def retry(consumer_id: UUID, ids: Sequence[int] | None = None, **chosen: Any) ->
 def discard(consumer_id: UUID, ids: Sequence[int] | None = None, **chosen: Any) -> int:
     """Drop parked messages and dead letters: by id, or by state, since, until and key. Returns how many."""
     return _redrive(consumer_id, True, ids, **chosen)
+
+
+def mended(consumer_id: UUID) -> int:
+    """The filter or transform was saved anew: messages that failed because of it are due at once. Returns how many."""
+    return int(_fetch("SELECT sequin_mended(%s)", [consumer_id])[0][0])
 
 
 def wake(consumer_id: UUID) -> None:

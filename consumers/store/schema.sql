@@ -129,6 +129,8 @@ create table consumer_position (
     acked_count  bigint  not null default 0,   -- for the metrics
     failed_count bigint  not null default 0,
     dropped_count bigint not null default 0,  -- given up because its backlog was full
+    filtered_count bigint not null default 0,  -- `where` said no, or the transform returned nil
+    undecided_count bigint not null default 0,  -- delivered because `where` hung on something unknown
     -- How long messages took from their commit to their ack: one number for each bound of sequin_delivery_bounds()
     -- and one beyond the last, not cumulated; and the sum of all seconds.
     took_buckets double precision[] not null default array_fill(0, array[14]),
@@ -215,17 +217,23 @@ create table heartbeats (
 
 -- Groups -------------------------------------------------------------------------------------------------------
 
+-- A document that can be looked into: NULs and halves of surrogate pairs, which json allows and ->> does not, taken out.
+-- The backslashes that are meant as such are put aside meanwhile, as a character that no JSON text holds.
+create function sequin_readable(p_doc text) returns text language sql immutable
+return replace(regexp_replace(replace(replace(p_doc, '\\', chr(1)), '\u0000', ''),
+                              '\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}',
+                              '\\ufffd', 'g'), chr(1), '\\');
+
 -- The group of a message under a consumer's group_columns; with p_before, its group before the update.
 -- A 64-bit hash: two groups that collide are delivered one after the other, which is slower but never wrong.
 create function sequin_group(p_record text, p_changes text, p_columns text[], p_table_oid bigint, p_before boolean)
-returns bigint language sql immutable as $$
+returns bigint language sql immutable return (
     select hashtextextended(jsonb_agg(case when p_before and c.doc::json -> col is not null then c.doc::json ->> col
                                            else r.doc::json ->> col end order by n)::text, p_table_oid)
     from unnest(p_columns) with ordinality as u(col, n),
-         -- a NUL is legal in json and fatal to ->>: it is taken out here, for the group only
-         (select case when strpos(p_record, '\u0000') > 0 then replace(p_record, '\u0000', '') else p_record end as doc) r,
-         (select case when strpos(p_changes, '\u0000') > 0 then replace(p_changes, '\u0000', '') else p_changes end as doc) c
-$$;
+         (select case when strpos(p_record, '\u') > 0 then sequin_readable(p_record) else p_record end as doc) r,
+         (select case when strpos(p_changes, '\u') > 0 then sequin_readable(p_changes) else p_changes end as doc) c
+);
 
 -- All groups that the consumer has out.
 create function sequin_groups_out(p_consumer uuid) returns setof bigint language sql stable as $$
@@ -300,6 +308,11 @@ begin
     where t.tail_id is null;
 end $$;
 
+-- The moment p_delay_ms from now; null for none, infinity for -1: until something is changed.
+create function sequin_after(p_delay_ms bigint) returns timestamptz language sql volatile as $$
+    select case when p_delay_ms > 0 then clock_timestamp() + p_delay_ms * interval '1 ms' when p_delay_ms = -1 then 'infinity' end
+$$;
+
 -- Give messages of one token back: those in p_ids because they failed, and with them the later ones of their groups.
 -- A message past p_max_deliver becomes a dead letter, which blocks nothing. The caller holds the position's row,
 -- and afterwards promotes `groups` and adds the counts to it.
@@ -329,8 +342,7 @@ begin
                                 last_error, last_status, lease_token)
             values (p_consumer, p_source, m.grp, m.grp2, m.id, array[m.id],
                     case when v_dead then 'dead' else coalesce(p_reasons[v_at], 'retry') end,
-                    case when p_delays[v_at] > 0 and not coalesce(v_dead, false)
-                         then clock_timestamp() + p_delays[v_at] * interval '1 ms' end,
+                    case when not coalesce(v_dead, false) then sequin_after(p_delays[v_at]) end,
                     m.count, p_max_batches[v_at], p_errors[v_at], p_statuses[v_at],
                     case when p_late_ack_counts then p_token end);
             if v_dead then
@@ -407,14 +419,55 @@ end $$;
 
 -- The claim ----------------------------------------------------------------------------------------------------
 
+-- How many of these ids a position passed on its way.
+create function sequin_passed(p_ids bigint[], p_before bigint, p_after bigint) returns bigint language sql immutable as $$
+    select case when p_ids = '{}' or p_before = p_after then 0
+                else (select count(*) from unnest(p_ids) id where id > p_before and id <= p_after) end
+$$;
+
+-- Of a parked group only the newest message stays, in the place of its head, as if never handed out. Returns how many went
+-- away; null when nothing waits behind the head, or when a message of two groups is among them.
+create function sequin_keep_newest(p_consumer uuid, p_grp bigint, p_head bigint) returns bigint language plpgsql
+set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
+declare
+    v_rows   bigint[];
+    v_newest bigint;
+    v_count  bigint;
+begin
+    if exists (select from parked q where q.consumer = p_consumer and q.reason <> 'dead' and q.grp2 is not null
+               and (q.grp = p_grp or q.grp2 = p_grp)) then
+        return null;
+    end if;
+    select array_agg(q.id), max(q.ids[cardinality(q.ids)]), sum(cardinality(q.ids)) into v_rows, v_newest, v_count
+      from (select p.id, p.ids from parked p where p.consumer = p_consumer and p.grp = p_grp and p.reason <> 'dead'
+            order by p.first_id limit 1000) q;
+    if v_count < 2 then
+        return null;
+    end if;
+    delete from parked p where p.id = any (v_rows) and p.id <> p_head;
+    update parked p set ids = array[v_newest], first_id = v_newest, reason = 'blocked', deliver_count = 0, not_before = null,
+           lease_token = null, last_error = null, last_status = null, max_batch = null
+     where p.id = p_head;
+    return v_count - 1;
+end $$;
+
 -- Hand out up to p_limit messages under a new lease: due heads of parked groups first, then the log from the position
 -- on. One row a message in log order; or one row without a message. `at_end`: nothing more can be had now;
 -- an empty answer without it means that p_scan rows were looked at in vain and the caller asks again.
 -- No more than p_max_bytes of rows, except that one message always fits.
+--
+-- A consumer with a `where`, or of the latest rows only, does not read the log here: consumers.filters has judged the
+-- stretch (p_from, p_through] of it, under the configuration of p_version. p_ids are what it lets through, p_errors and
+-- p_delays_ms beside them what went wrong (null: nothing; a delay of -1: held until something is changed), p_passed what it
+-- does not let through, p_undecided what it lets through not knowing. `needs_verdicts`: they are of another configuration.
+-- `fresh`: was parked and never handed out, so the `where` of now has to be asked again.
 create function sequin_claim(p_consumer uuid, p_limit integer, p_lease_ms bigint, p_holder uuid, p_scan integer,
-                             p_max_bytes bigint)
+                             p_max_bytes bigint, p_version timestamptz default null, p_from bigint default null,
+                             p_through bigint default null, p_ids bigint[] default '{}', p_grps bigint[] default '{}',
+                             p_grp2s bigint[] default '{}', p_errors text[] default '{}', p_delays_ms bigint[] default '{}',
+                             p_passed bigint[] default '{}', p_undecided bigint[] default '{}')
 returns table (
-    token uuid, at_end boolean, next_due_ms bigint, source uuid, id bigint, deliver_count integer, grp bigint, grp2 bigint,
+    token uuid, at_end boolean, next_due_ms bigint, reached bigint, needs_verdicts boolean, fresh boolean, source uuid, id bigint, deliver_count integer, grp bigint, grp2 bigint,
     max_batch integer, relation integer, action "char", record text, changes text, key text, commit_lsn bigint,
     commit_idx bigint, committed_at text, epoch integer, unchanged text, old_values_known boolean, annotations text)
 language plpgsql set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
@@ -467,6 +520,12 @@ declare
     v_token      uuid;
     v_fit        integer;
     v_beyond     bigint[];
+    v_version    timestamptz;  -- of the configuration, when verdicts are needed
+    v_latest     boolean;      -- of each row its latest state only
+    v_fresh      boolean[] := '{}';
+    v_newest     bigint;
+    w_errors     text[];
+    w_delays     bigint[];
     i            integer;
 begin
     -- A lost lease is a redelivery, so the claim need not wait for the disk.
@@ -476,10 +535,13 @@ begin
     select p.* into v_pos from consumer_position p where p.consumer = p_consumer for update;
     select c.status, c.tables, c.group_columns, c.max_ack_pending, c.max_deliver, c.max_per_group, c.max_parked,
            array(select case a when 'insert' then 'I' when 'update' then 'U' when 'delete' then 'D' when 'truncate' then 'T'
-                        end::"char" from unnest(c.actions) a)
-      into v_status, v_tables, v_columns, v_max_out, v_max_deliver, v_per_group, v_max_parked, v_actions
+                        end::"char" from unnest(c.actions) a where c.stream = 'changes' or a in ('insert', 'update')),
+           case when c."where" <> '' or c.stream = 'rows' then c.updated_at end, c.stream = 'rows'
+      into v_status, v_tables, v_columns, v_max_out, v_max_deliver, v_per_group, v_max_parked, v_actions, v_version, v_latest
       from consumers_consumer c where c.id = p_consumer;
-    if v_pos.consumer is null or v_status is distinct from 'active' then
+    reached := v_pos.position;
+    needs_verdicts := v_version is distinct from p_version and v_status = 'active';
+    if v_pos.consumer is null or v_status is distinct from 'active' or needs_verdicts then
         at_end := true;
         return next;
         return;
@@ -512,6 +574,14 @@ begin
             select p.* from parked p where p.consumer = p_consumer and p.due_at <= v_now order by p.due_at limit v_room
         loop
             v_in_group := 0;
+            if v_latest and v_columns is null then
+                v_newest := sequin_keep_newest(p_consumer, v_head.grp, v_head.id);
+                if v_newest is not null then
+                    -- What waited behind the head takes its place: it was never handed out.
+                    v_parked := v_parked - v_newest;
+                    select p.* into v_head from parked p where p.id = v_head.id;
+                end if;
+            end if;
             for v_row in
                 select p.* from parked p where p.id = v_head.id
                 union all
@@ -563,6 +633,7 @@ begin
                 v_grp2s := v_grp2s || array_fill(v_row.grp2, array[i]);
                 v_counts := v_counts || array_fill(v_row.deliver_count + 1, array[i]);
                 v_batches := v_batches || array_fill(v_row.max_batch, array[i]);
+                v_fresh := v_fresh || array_fill(v_row.reason = 'error' or v_row.reason = 'blocked' and v_row.deliver_count = 0, array[i]);
                 v_parked := v_parked - i;
                 v_room := v_room - i;
                 v_in_group := v_in_group + i;
@@ -579,6 +650,17 @@ begin
         end if;
         v_window := greatest(v_room, 16);
         loop
+            if v_version is not null then
+                -- Judged already; what others took meanwhile lies before the position.
+                select array_agg(u.id order by u.id), array_agg(u.grp order by u.id),
+                       array_agg(nullif(u.grp2, u.grp) order by u.id), array_agg(u.error order by u.id),
+                       array_agg(u.delay order by u.id), bool_or(u.grp2 <> u.grp or u.error is not null)
+                  into w_ids, w_grps, w_grp2s, w_errors, w_delays, w_two
+                  from unnest(p_ids, p_grps, p_grp2s, p_errors, p_delays_ms) u(id, grp, grp2, error, delay)
+                 where u.id > v_position and p_from <= v_position;
+                w_last := case when p_from <= v_position then greatest(p_through, v_position) end;
+                w_count := 0;
+            else
             select array_agg(x.id) filter (where x.hit), array_agg(x.grp) filter (where x.hit),
                    array_agg(nullif(x.grp2, x.grp)) filter (where x.hit),
                    bool_or(x.grp2 <> x.grp) filter (where x.hit), max(x.id), count(*)
@@ -597,6 +679,7 @@ begin
                 from messages m where m.source = v_pos.source and m.id > v_position
                 order by m.id limit v_window
               ) x;
+            end if;
             v_scanned := v_scanned + w_count;
             v_end := w_count < v_window;
             w_stop := w_last;
@@ -610,6 +693,7 @@ begin
                         w_last := w_ids[v_room];
                     end if;
                     i := cardinality(w_ids);
+                    v_fresh := v_fresh || array_fill(false, array[i]);
                     v_ids := v_ids || w_ids;
                     v_grps := v_grps || w_grps;
                     v_grp2s := v_grp2s || array_fill(null::bigint, array[i]);
@@ -617,7 +701,7 @@ begin
                     v_batches := v_batches || array_fill(null::integer, array[i]);
                     v_room := v_room - i;
                 elsif coalesce(w_two, false) then
-                    -- Updates that changed their key tie two groups together, so it goes row by row.
+                    -- Updates that changed their key tie two groups together, and what went wrong holds up its group: row by row.
                     t_ids := '{}'; t_grps := '{}'; t_grp2s := '{}'; b_ids := '{}'; b_grps := '{}';
                     declare
                         v_busy bigint[] := array(
@@ -630,7 +714,26 @@ begin
                         v_taken bigint[] := v_grps || array_remove(v_grp2s, null);
                     begin
                         for i in 1..cardinality(w_ids) loop
-                            if w_grps[i] = any (v_busy) or w_grp2s[i] = any (v_busy)
+                            if w_errors[i] is not null then
+                                -- What was blocked so far must lie in front of it.
+                                perform sequin_park_behind(p_consumer, v_pos.source, b_ids, b_grps);
+                                v_parked := v_parked + cardinality(b_ids);
+                                b_ids := '{}'; b_grps := '{}';
+                                insert into parked (consumer, source, grp, grp2, first_id, ids, reason, not_before, due_at, deliver_count,
+                                                    last_error)
+                                values (p_consumer, v_pos.source, w_grps[i], w_grp2s[i], w_ids[i], array[w_ids[i]],
+                                        case when v_max_deliver <= 1 then 'dead' else 'error' end, sequin_after(w_delays[i]),
+                                        case when coalesce(v_max_deliver, 2) > 1
+                                                  and not (array_remove(array[w_grps[i], w_grp2s[i]], null) && (v_busy || v_taken))
+                                             then sequin_after(w_delays[i]) end,
+                                        1, w_errors[i]);
+                                if v_max_deliver <= 1 then
+                                    v_pos.dead_count := v_pos.dead_count + 1;
+                                else
+                                    v_parked := v_parked + 1;
+                                    v_busy := v_busy || w_grps[i] || coalesce(nullif(array[w_grp2s[i]], array[null::bigint]), '{}');
+                                end if;
+                            elsif w_grps[i] = any (v_busy) or w_grp2s[i] = any (v_busy)
                                or cardinality(array_positions(v_taken, w_grps[i])) >= v_per_group
                                or cardinality(array_positions(v_taken, w_grp2s[i])) >= v_per_group then
                                 v_busy := v_busy || w_grps[i];
@@ -661,6 +764,7 @@ begin
                     end;
                     perform sequin_park_behind(p_consumer, v_pos.source, b_ids, b_grps);
                     v_parked := v_parked + cardinality(b_ids);
+                    v_fresh := v_fresh || array_fill(false, array[cardinality(t_ids)]);
                     v_ids := v_ids || t_ids;
                     v_grps := v_grps || t_grps;
                     v_grp2s := v_grp2s || t_grp2s;
@@ -701,6 +805,7 @@ begin
                         v_parked := v_parked + cardinality(b_ids);
                     end if;
                     if t_ids <> '{}' then
+                        v_fresh := v_fresh || array_fill(false, array[cardinality(t_ids)]);
                         v_ids := v_ids || t_ids;
                         v_grps := v_grps || t_grps;
                         v_grp2s := v_grp2s || array_fill(null::bigint, array[cardinality(t_ids)]);
@@ -724,9 +829,9 @@ begin
     -- 4. The lease and the position.
     if v_from_parked then
         select array_agg(u.id order by u.id), array_agg(u.grp order by u.id), array_agg(u.grp2 order by u.id),
-               array_agg(u.n order by u.id), array_agg(u.b order by u.id)
-          into v_ids, v_grps, v_grp2s, v_counts, v_batches
-          from unnest(v_ids, v_grps, v_grp2s, v_counts, v_batches) u(id, grp, grp2, n, b);
+               array_agg(u.n order by u.id), array_agg(u.b order by u.id), array_agg(u.fresh order by u.id)
+          into v_ids, v_grps, v_grp2s, v_counts, v_batches, v_fresh
+          from unnest(v_ids, v_grps, v_grp2s, v_counts, v_batches, v_fresh) u(id, grp, grp2, n, b, fresh);
     end if;
     if v_ids <> '{}' then
         v_token := gen_random_uuid();
@@ -740,7 +845,9 @@ begin
     update consumer_position p
        set position = v_position, out_count = v_pos.out_count + cardinality(v_ids),
            parked_count = v_pos.parked_count + v_parked, dead_count = v_pos.dead_count,
-           failed_count = v_pos.failed_count, taken_at = case when v_ids <> '{}' then v_now else p.taken_at end
+           failed_count = v_pos.failed_count, taken_at = case when v_ids <> '{}' then v_now else p.taken_at end,
+           filtered_count = p.filtered_count + sequin_passed(p_passed, v_pos.position, v_position),
+           undecided_count = p.undecided_count + sequin_passed(p_undecided, v_pos.position, v_position)
      where p.consumer = p_consumer
        and (p.position, p.out_count, p.parked_count, p.dead_count) is distinct from
            (v_position, v_pos.out_count + cardinality(v_ids), v_pos.parked_count + v_parked, v_pos.dead_count);
@@ -762,11 +869,12 @@ begin
         end if;
     end if;
 
+    reached := v_position;
     if v_ids = '{}' then
         at_end := v_end;
         select ceil(extract(epoch from least(
                    (select min(l.until) from leases l where l.consumer = p_consumer),
-                   (select min(p.due_at) from parked p where p.consumer = p_consumer and p.due_at is not null))
+                   (select min(p.due_at) from parked p where p.consumer = p_consumer and p.due_at is not null and p.due_at < 'infinity'))
                    - clock_timestamp()) * 1000)
           into next_due_ms;
         return next;
@@ -775,7 +883,7 @@ begin
     if not v_from_parked then
         -- All of one stretch of the log: the partitions that hold it are known before the scan begins.
         return query
-            select v_token, v_end, null::bigint, m.source, m.id, 1, v_grps[m.n], v_grp2s[m.n], null::integer, m.relation, m.action, m.record,
+            select v_token, v_end, null::bigint, v_position, false, false, m.source, m.id, 1, v_grps[m.n], v_grp2s[m.n], null::integer, m.relation, m.action, m.record,
                    m.changes, m.key, m.commit_lsn, m.commit_idx,
                    to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged,
                    m.old_values_known, m.annotations
@@ -785,11 +893,11 @@ begin
         return;
     end if;
     return query
-        select v_token, v_end, null::bigint, m.source, m.id, u.n, u.grp, u.grp2, u.b, m.relation, m.action, m.record,
+        select v_token, v_end, null::bigint, v_position, false, u.fresh, m.source, m.id, u.n, u.grp, u.grp2, u.b, m.relation, m.action, m.record,
                m.changes, m.key, m.commit_lsn, m.commit_idx,
                to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged,
                m.old_values_known, m.annotations
-        from unnest(v_ids, v_counts, v_grps, v_grp2s, v_batches) u(id, n, grp, grp2, b)
+        from unnest(v_ids, v_counts, v_grps, v_grp2s, v_batches, v_fresh) u(id, n, grp, grp2, b, fresh)
         -- one probe a message: what was parked may lie millions of ids before what was not
         cross join lateral (
             select * from messages x where x.source = v_pos.source and x.id = u.id
@@ -839,7 +947,9 @@ begin
 end $$;
 
 -- Acknowledge. A receipt (token, id) that names nothing out, and nothing that came back under its token, is stale.
-create function sequin_ack(p_consumer uuid, p_tokens uuid[], p_ids bigint[], out done integer, out stale integer)
+-- p_filtered: they were not delivered, the consumer's filter or transform dropped them.
+create function sequin_ack(p_consumer uuid, p_tokens uuid[], p_ids bigint[], p_filtered boolean default false,
+                           out done integer, out stale integer)
 language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
     v_pos     consumer_position;
@@ -922,11 +1032,12 @@ begin
         return;
     end if;
     -- How long it took is looked at for one ack in eight: counting costs as much as acknowledging.
-    v_weight := case when v_pos.acked_count < 1000 then 1 when random() < 0.125 then 8 else 0 end;
+    v_weight := case when p_filtered then 0 when v_pos.acked_count < 1000 then 1 when random() < 0.125 then 8 else 0 end;
     if v_weight = 0 then
         update consumer_position p
            set out_count = p.out_count - v_freed, parked_count = p.parked_count - v_late, dead_count = p.dead_count - v_dead,
-               acked_count = p.acked_count + done
+               acked_count = p.acked_count + case when p_filtered then 0 else done end,
+               filtered_count = p.filtered_count + case when p_filtered then done else 0 end
          where p.consumer = p_consumer;
     else
         update consumer_position p
@@ -985,8 +1096,8 @@ begin
         -- parked under no token, so nothing is counted twice.
         with late as (
             update parked p
-               set not_before = case when u.delay > 0 then clock_timestamp() + u.delay * interval '1 ms' end,
-                   due_at = case when p.due_at is not null then clock_timestamp() + u.delay * interval '1 ms' end,
+               set not_before = sequin_after(u.delay),
+                   due_at = case when p.due_at is not null then coalesce(sequin_after(u.delay), clock_timestamp()) end,
                    lease_token = null, last_error = coalesce(u.error, p.last_error),
                    last_status = coalesce(u.status, p.last_status), max_batch = coalesce(u.batch, p.max_batch)
               from unnest(r.ids, r.delays, r.errors, r.statuses, r.batches) u(id, delay, error, status, batch)
@@ -1119,6 +1230,23 @@ begin
     return v_count;
 end $$;
 
+-- The filter or the transform was mended: what failed because of it is due at once. Returns how many.
+create function sequin_mended(p_consumer uuid) returns bigint language plpgsql set enable_seqscan = off set jit = off as $$
+declare
+    v_count bigint;
+    v_grps  bigint[];
+begin
+    perform from consumer_position p where p.consumer = p_consumer for update;
+    with freed as (
+        update parked p set not_before = null, due_at = null where p.consumer = p_consumer and p.reason = 'error' returning p.grp, p.grp2
+    )
+    select count(*), array_agg(distinct g) into v_count, v_grps from freed f, unnest(array[f.grp, f.grp2]) g where g is not null;
+    if v_count > 0 then
+        perform sequin_promote(p_consumer, v_grps);
+    end if;
+    return v_count;
+end $$;
+
 -- Undo a hand-out: the pump stops before it has tried these. They keep their place and count as never handed out.
 create function sequin_undo(p_consumer uuid, p_tokens uuid[], p_ids bigint[]) returns integer
 language plpgsql set enable_seqscan = off set jit = off as $$
@@ -1151,4 +1279,21 @@ begin
         perform pg_notify('sequin_consumer', p_consumer::text);
     end if;
     return v_freed;
+end $$;
+
+-- Filters -------------------------------------------------------------------------------------------------------
+
+-- The role under which filters run: it may read messages, and nothing else. A managed server may not let us make one.
+do $$ begin
+    if not exists (select from pg_roles where rolname = 'sequin_filter') then
+        create role sequin_filter nologin;
+    end if;
+    execute format('grant sequin_filter to %I', current_user);
+exception when insufficient_privilege or duplicate_object or unique_violation then
+    raise notice 'no role for filters: %', sqlerrm;
+end $$;
+do $$ begin
+    if exists (select from pg_roles where rolname = 'sequin_filter') then
+        grant select on messages, kept_messages to sequin_filter;
+    end if;
 end $$;

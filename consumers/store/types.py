@@ -54,10 +54,16 @@ class LogRow(NamedTuple):
 
 
 class ColumnShape(NamedTuple):
+    """A column as the source has it, and the type of Postgres' own that its values are made of (consumers.source_types)."""
+
     name: str
     type_oid: int
     typmod: int
     type_name: str
+    value_oid: int = 0
+    """0: the type is one of Postgres' own itself."""
+    value_typmod: int = -1
+    value_is_exact: bool = True
 
 
 class RelationShape(NamedTuple):
@@ -93,6 +99,8 @@ class ClaimedMessage(NamedTuple):
     old_values_known: bool
     annotations: str | None
     source_id: UUID
+    where_undecided: bool = False
+    """Let through because the consumer's filter hangs on something the message does not carry."""
 
 
 class Claim(NamedTuple):

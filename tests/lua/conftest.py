@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from delivery.lua.transformer import Transformer
+from consumers.lua.transformer import Transformer
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from delivery.lua.transformer import Transformer
-from delivery.lua.types import LuaError
+from consumers.lua.transformer import Transformer
+from consumers.lua.types import LuaError
 from tests.lua.world import DEADLINE_S, call
 
 NIL = r"a nil value"

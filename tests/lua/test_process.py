@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from delivery.lua.pool import Pool
-from delivery.lua.transformer import Transformer
-from delivery.lua.types import LuaError
+from consumers.lua.pool import Pool
+from consumers.lua.transformer import Transformer
+from consumers.lua.types import LuaError
 from tests.lua.world import call, until
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def test_a_child_killed_while_idle_is_replaced(transformer) -> None:
 
 
 def test_a_child_that_hangs_is_replaced(transformer, monkeypatch) -> None:
-    monkeypatch.setattr("delivery.lua.child.DEADLINE_S", 0.3)
+    monkeypatch.setattr("consumers.lua.child.DEADLINE_S", 0.3)
     one = transformer(IDS)
     one.run([call()])
     os.kill(one.pid, signal.SIGSTOP)
@@ -86,7 +86,7 @@ def test_a_child_that_hangs_is_replaced(transformer, monkeypatch) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_message_that_ends_two_children_gets_an_error(transformer, monkeypatch, how: signal.Signals) -> None:
-    monkeypatch.setattr("delivery.lua.child.DEADLINE_S", 0.3)
+    monkeypatch.setattr("consumers.lua.child.DEADLINE_S", 0.3)
     ready = Transformer._ready
     hit: list[int] = []
 
@@ -107,7 +107,7 @@ def test_a_message_that_ends_two_children_gets_an_error(transformer, monkeypatch
 @linux
 def test_the_child_ends_with_its_parent() -> None:
     program = (
-        "import sys, time\nfrom delivery.lua.transformer import Transformer\nfrom tests.lua.world import call\n"
+        "import sys, time\nfrom consumers.lua.transformer import Transformer\nfrom tests.lua.world import call\n"
         f"one = Transformer({IDS!r})\none.run([call()])\nprint(one.pid, flush=True)\nsys.stdin.read()"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -124,7 +124,7 @@ def test_the_child_ends_with_its_parent() -> None:
 @linux
 def test_a_stopped_child_ends_with_its_parent() -> None:
     program = (
-        "import os, signal, sys\nfrom delivery.lua.transformer import Transformer\nfrom tests.lua.world import call\n"
+        "import os, signal, sys\nfrom consumers.lua.transformer import Transformer\nfrom tests.lua.world import call\n"
         f"one = Transformer({IDS!r})\none.run([call()])\nos.kill(one.pid, signal.SIGSTOP)\nprint(one.pid, flush=True)\nsys.stdin.read()"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

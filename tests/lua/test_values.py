@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from delivery.lua.transformer import Transformer, check
-from delivery.lua.types import LuaError
+from consumers.lua.transformer import Transformer, check
+from consumers.lua.types import LuaError
 from tests.lua.world import call, raw
 
 KEYS = "keys must all be strings (an object) or the integers 1, 2, 3 … (an array)"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from delivery.lua.types import Call
+from consumers.lua.types import Call
 
 DEADLINE_S = 10.0  # of a test's condition, on a busy machine
 

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from delivery.lua import frames
-from delivery.lua.types import LuaError, Result
-from delivery.lua.worker import PAGE
+from consumers.lua import frames
+from consumers.lua.types import LuaError, Result
+from consumers.lua.worker import PAGE
 
 DEADLINE_S = 2.0  # of one message, by the wall; a backstop for CPU limits that the child keeps itself
 START_S = 10.0
-PROGRAM = "import sys; sys.path[:0] = sys.argv[1:3]; from delivery.lua.worker import main; main()"
+PROGRAM = "import sys; sys.path[:0] = sys.argv[1:3]; from consumers.lua.worker import main; main()"
 # A time zone that needs no file.
 ENVIRONMENT = {"TZ": "UTC0", "LC_ALL": "C", "PYTHONUTF8": "1"}
 

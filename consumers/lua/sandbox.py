@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 from lupa import lua54
 
-from delivery.lua import types
-from delivery.lua.types import LuaError, Result
-from delivery.lua.values import Flattener, as_bytes
+from consumers.lua import types
+from consumers.lua.types import LuaError, Result
+from consumers.lua.values import Flattener, as_bytes
 
 DROPPED, PAYLOAD = 0, 1  # as sandbox.lua answers
 ARGUMENTS = 2_000  # of one call; more go in parts

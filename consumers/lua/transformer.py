@@ -10,8 +10,8 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 
-from delivery.lua.child import DEADLINE_S, Child, ChildEnded
-from delivery.lua.types import TEXT_BYTES, TOO_LONG, Call, LuaError, Result
+from consumers.lua.child import DEADLINE_S, Child, ChildEnded
+from consumers.lua.types import TEXT_BYTES, TOO_LONG, Call, LuaError, Result
 
 FRAME_MESSAGES = 500
 FRAME_BYTES = 4 * 1024 * 1024

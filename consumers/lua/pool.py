@@ -6,8 +6,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
-from delivery.lua.transformer import Transformer
-from delivery.lua.types import Call, Result
+from consumers.lua.transformer import Transformer
+from consumers.lua.types import Call, Result
 
 LIVE = 64  # children, some 15 MB each
 IDLE_S = 300.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 
-from delivery.lua.types import LuaError, Result
+from consumers.lua.types import LuaError, Result
 
 HEADER = struct.Struct("!cI")
 LENGTH = struct.Struct("!I")

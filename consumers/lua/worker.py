@@ -14,9 +14,9 @@ import struct
 import sys
 import time
 
-from delivery.lua import frames, jail
-from delivery.lua.sandbox import Sandbox
-from delivery.lua.types import CPU_S, WRITE_S
+from consumers.lua import frames, jail
+from consumers.lua.sandbox import Sandbox
+from consumers.lua.types import CPU_S, WRITE_S
 
 HARD_CPU_S = CPU_S + WRITE_S + 0.05
 DECODE_S_PER_BYTE = 1e-7
