@@ -8,7 +8,7 @@ from __future__ import annotations
 import binascii
 import json
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
 
@@ -53,26 +53,37 @@ def idempotency_key(message: StoredMessage) -> str:
     return binascii.b2a_base64(text.encode(), newline=False).decode()
 
 
-def addressing(*, consumer_id: UUID, consumer_name: str, source_id: UUID, source_name: str, database: str) -> str:
-    """The end of every message of one consumer: its `consumer` and `database`."""
-    return (
+class Addressing(NamedTuple):
+    """What all messages of one consumer have in common, made once for many."""
+
+    tail: str
+    """The end of their metadata: `consumer` and `database`, as JSON."""
+    latest: bool
+    """A stream of rows: `record` and `metadata` only."""
+
+
+def addressing(
+    *, consumer_id: UUID, consumer_name: str, source_id: UUID, source_name: str, database: str, stream: str = "changes"
+) -> Addressing:
+    tail = (
         f'"consumer":{{"id":"{consumer_id}","name":{_text(consumer_name)}}},'
-        f'"database":{{"id":"{source_id}","name":{_text(source_name)},"database":{_text(database)}}}}}}}'
+        f'"database":{{"id":"{source_id}","name":{_text(source_name)},"database":{_text(database)}}}}}'
     )
+    return Addressing(tail, stream == "rows")
 
 
-def render(
-    message: StoredMessage, *, consumer_id: UUID, consumer_name: str, source_id: UUID, source_name: str, database: str
-) -> bytes:
+def render(message: StoredMessage, to: Addressing) -> bytes:
     """The message as JSON, UTF-8."""
-    tail = addressing(
-        consumer_id=consumer_id, consumer_name=consumer_name, source_id=source_id, source_name=source_name, database=database
-    )
-    return render_with(message, tail)
+    if to.latest:
+        return f'{{"record":{message.record},"metadata":{metadata(message, to)}}}'.encode()
+    return (
+        f'{{"record":{message.record},"changes":{message.changes or "null"},"action":"{message.action}",'
+        f'"metadata":{metadata(message, to)}}}'
+    ).encode()
 
 
-def render_with(message: StoredMessage, tail: str) -> bytes:
-    """The message as JSON, UTF-8; `tail` from `addressing`, made once for many messages."""
+def metadata(message: StoredMessage, to: Addressing) -> str:
+    """The message's `metadata` as JSON."""
     extra = ""
     if message.unchanged is not None:
         extra = f'"unchanged_columns":{message.unchanged},'
@@ -81,12 +92,11 @@ def render_with(message: StoredMessage, tail: str) -> bytes:
     if message.where_undecided:
         extra += '"where_undecided":true,'
     return (
-        f'{{"record":{message.record},"changes":{message.changes or "null"},"action":"{message.action}",'
-        f'"metadata":{{"table_schema":{_text(message.schema)},"table_name":{_text(message.table)},'
+        f'{{"table_schema":{_text(message.schema)},"table_name":{_text(message.table)},'
         f'"record_pks":{message.key},"commit_timestamp":"{message.committed_at}","commit_lsn":{message.commit_lsn},'
         f'"commit_idx":{message.commit_idx},"idempotency_key":"{idempotency_key(message)}",{extra}'
-        f'"transaction_annotations":{message.annotations or "null"},{tail}'
-    ).encode()
+        f'"transaction_annotations":{message.annotations or "null"},{to.tail}'
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -20,7 +20,7 @@ from consumers.api.configuration import PAGING
 from consumers.api.errors import BadParameter
 from consumers.api.lookup import find_consumer
 from consumers.api.message_log import STATES, ListedMessage
-from consumers.envelope import addressing, render_with
+from consumers.envelope import addressing, render
 from consumers.models import Consumer
 from consumers.store import lifecycle
 
@@ -163,12 +163,12 @@ def _after(given: Mapping[str, str]) -> int | None:
 
 def _answer(consumer: Consumer, listed: list[ListedMessage], cursor: str | None) -> HttpResponse:
     source = consumer.source
-    tail = addressing(
+    to = addressing(
         consumer_id=consumer.pk, consumer_name=consumer.name, source_id=source.pk, source_name=source.name,
-        database=source.database,
+        database=source.database, stream=consumer.stream,
     )  # fmt: skip
     rows = b",".join(
-        b'{%b,"message":%b}' % (json.dumps(_standing(message))[1:-1].encode(), render_with(message, tail)) for message in listed
+        b'{%b,"message":%b}' % (json.dumps(_standing(message))[1:-1].encode(), render(message, to)) for message in listed
     )
     body = b'{"data":[%b],"next":%b}' % (rows, json.dumps(cursor).encode())
     return HttpResponse(body, content_type="application/json")

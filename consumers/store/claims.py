@@ -19,7 +19,7 @@ from django.db import connection
 from consumers.backoff import HELD, delay_ms
 from consumers.filters.scouting import NONE_NEEDED, Scout, scouts
 from consumers.filters.statements import DROPS, UNDECIDED
-from consumers.store.types import ACTIONS, Claim, ClaimedMessage, Failure, Settled
+from consumers.store.types import ACTIONS, Claim, ClaimedMessage, Failure, Settled, without_followers
 
 SCAN_ROWS = 20_000  # looked at in one transaction, so that nobody waits long behind it
 SCAN_MS = 250  # one claim's budget; past it the answer is empty although the end is not reached
@@ -144,24 +144,24 @@ def _judged_again(
     if not parked:
         return messages
     judged = scout.judge(parked)
-    kept, dropped, failures, held = [], [], [], set[int]()
+    failures = {}
     for message in messages:
-        groups = {message.group, message.group if message.group2 is None else message.group2}
-        verdict, failed = judged.get(message.id, (None, None))
-        if held & groups:
-            held |= groups
-        elif failed is not None and message.id in fresh:
+        failed = judged[message.id].failed if message.id in judged else None
+        if failed is not None and message.id in fresh:
             delay = failed.delay_ms if failed.delay_ms == HELD else delay_ms(message.deliver_count, random.uniform(-1, 1))
-            failures.append(Failure(token, message.id, delay, failed.error, reason="error"))
-            held |= groups
-        elif verdict == DROPS and message.id in fresh:
+            failures[message.id] = Failure(token, message.id, delay, failed.error, reason="error")
+    verdicts = {number: one.verdict for number, one in judged.items()}
+    kept, dropped = [], []
+    for message in without_followers(messages, failures):
+        verdict = verdicts.get(message.id)
+        if verdict == DROPS and message.id in fresh:
             dropped.append((token, message.id))
         else:
-            kept.append(message._replace(where_undecided=True) if verdict == UNDECIDED else message)
+            kept.append(message._replace(where_undecided=message.where_undecided or verdict == UNDECIDED))
     if dropped:
         drop(consumer_id, dropped)
     if failures:
-        fail(consumer_id, failures)
+        fail(consumer_id, list(failures.values()))
     return kept
 
 

@@ -1,6 +1,7 @@
 """What goes into the log and what comes out of it, as plain tuples. Pure."""
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import NamedTuple, NewType
 from uuid import UUID
 
@@ -101,6 +102,19 @@ class ClaimedMessage(NamedTuple):
     source_id: UUID
     where_undecided: bool = False
     """Let through because the consumer's filter hangs on something the message does not carry."""
+
+
+def without_followers(messages: Iterable[ClaimedMessage], failed: Collection[int]) -> list[ClaimedMessage]:
+    """Those of one claim's messages, in log order, that neither failed nor stand behind one that did in a group of theirs."""
+    held: set[int] = set()
+    found = []
+    for message in messages:
+        groups = {message.group} if message.group2 is None else {message.group, message.group2}
+        if message.id in failed or held & groups:
+            held |= groups
+        else:
+            found.append(message)
+    return found
 
 
 class Claim(NamedTuple):

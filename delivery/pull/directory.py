@@ -8,7 +8,7 @@ from uuid import UUID
 
 from rest_framework.exceptions import NotFound
 
-from consumers.envelope import addressing
+from consumers.envelope import Addressing, addressing
 from consumers.models import Consumer
 from consumers.tokens import Caller
 
@@ -24,7 +24,8 @@ class Receiver:
     source_id: UUID
     tables: tuple[str, ...]
     ack_wait_ms: int
-    tail: str
+    transform: str
+    to: Addressing
 
 
 _cache: dict[str, tuple[float, Receiver]] = {}
@@ -74,8 +75,9 @@ def _load(name_or_id: str) -> Receiver:
         consumer.source_id,
         tuple(consumer.tables),
         consumer.ack_wait_ms,
+        consumer.transform,
         addressing(
             consumer_id=consumer.pk, consumer_name=consumer.name, source_id=source.pk, source_name=source.name,
-            database=source.database,
+            database=source.database, stream=consumer.stream,
         ),
     )  # fmt: skip

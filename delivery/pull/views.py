@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
+from uuid import UUID
 
 from django.conf import settings
 from django.db import connection
@@ -12,14 +13,16 @@ from rest_framework.renderers import JSONRenderer
 from rest_framework.views import APIView
 
 from consumers.api.body import read_object
-from consumers.envelope import render_with
 from consumers.store import claims, lifecycle
-from consumers.store.types import Claim, Settled
+from consumers.store.types import Settled
 from consumers.tokens import Caller
 from delivery.pull.descriptions import RECEIPTS, RECEIVE_PARAMETERS, RECEIVED, described, settled
 from delivery.pull import directory, parameters
 from delivery.pull.directory import Receiver
 from delivery.pull.waiting import room
+from delivery.transforming import Outgoing, make, settle
+
+TRANSFORM_S = 5.0  # of one receive, and at most a quarter of the time the messages are out; what is left goes back
 
 # Claims take turns for connections, so that a thousand waiters leave some to everybody else.
 _claiming = threading.BoundedSemaphore(max(1, settings.WEB_POOL_SIZE - 6))
@@ -61,28 +64,28 @@ class ReceiveView(PullView):
         receiver = self.receiver(name_or_id)
         size, wait_ms = parameters.batch_size(given), parameters.wait_ms(given)
         deadline = time.monotonic() + wait_ms / 1000
-        claim = _claim(receiver, size)
-        if not claim.messages and not claim.at_end and wait_ms == 0:
-            claim = _search_on(receiver, size)
-        if not claim.messages and wait_ms > 0:
-            receiver, claim = self._wait(receiver, name_or_id, size, deadline)
-        return _json(_body(receiver, claim))
+        taken = _take(receiver, size)
+        if not taken.ready and not taken.at_end and wait_ms == 0:
+            taken = _search_on(receiver, size)
+        if not taken.ready and wait_ms > 0:
+            taken = self._wait(receiver, name_or_id, size, deadline)
+        return _json(_body(taken))
 
-    def _wait(self, receiver: Receiver, name_or_id: str, size: int, deadline: float) -> tuple[Receiver, Claim]:
+    def _wait(self, receiver: Receiver, name_or_id: str, size: int, deadline: float) -> Taken:
         waiter = room.enter(receiver)
         hand_on = True  # unless a claim ended well and found the end: then nobody else need look
         try:
             while True:
                 hand_on = True
-                claim = _claim(receiver, size)
-                hand_on = len(claim.messages) >= size or not claim.at_end
+                taken = _take(receiver, size)
+                hand_on = len(taken.ready) >= size or not taken.at_end
                 left = deadline - time.monotonic()
-                if claim.messages or left <= 0 or room.is_closed:
-                    return receiver, claim
-                if claim.at_end:
-                    room.rearm(waiter, claim.next_due_ms)
+                if taken.ready or left <= 0 or room.is_closed:
+                    return taken
+                if taken.at_end:
+                    room.rearm(waiter, taken.next_due_ms)
                     if not waiter.event.wait(left) or room.is_closed:
-                        return receiver, claim
+                        return taken
                     hand_on = True
                     waiter.event.clear()
                     receiver = self._admit_again(name_or_id)
@@ -125,33 +128,48 @@ class ExtendView(PullView):
         return self.settle(consumer, "extended", extend)
 
 
-def _claim(receiver: Receiver, size: int) -> Claim:
+class Taken(NamedTuple):
+    """What one claim gave, ready for the answer. Empty and not at_end: there may be more, ask again."""
+
+    token: UUID | None
+    ready: list[Outgoing]
+    at_end: bool
+    next_due_ms: int | None
+
+
+def _take(receiver: Receiver, size: int) -> Taken:
     connection.close()  # nobody waits for a turn with a connection in hand: those whose turn it is need them
-    with _claiming:
-        try:
-            return claims.claim(receiver.id, size, lease_ms=receiver.ack_wait_ms)
-        finally:
-            connection.close()  # back to the pool before anybody waits
+    try:
+        with _claiming:
+            claim = claims.claim(receiver.id, size, lease_ms=receiver.ack_wait_ms)
+            if claim.token is None:
+                return Taken(None, [], claim.at_end, claim.next_due_ms)
+            connection.close()
+        made = make(receiver.id, receiver.transform, receiver.to, claim.messages, min(TRANSFORM_S, receiver.ack_wait_ms / 4000))
+        ready = settle(receiver.id, claim.token, made)
+        return Taken(claim.token, ready, claim.at_end and len(ready) == len(claim.messages), None)
+    finally:
+        connection.close()  # back to the pool before anybody waits
 
 
-def _search_on(receiver: Receiver, size: int) -> Claim:
+def _search_on(receiver: Receiver, size: int) -> Taken:
     """An empty answer has to mean empty: go on until there is a message or the end of the log."""
     while True:
-        claim = _claim(receiver, size)
-        if claim.messages or claim.at_end:
-            return claim
+        taken = _take(receiver, size)
+        if taken.ready or taken.at_end:
+            return taken
 
 
-def _body(receiver: Receiver, claim: Claim) -> bytes:
-    if claim.token is None:
+def _body(taken: Taken) -> bytes:
+    if taken.token is None:
         return b'{"data":[]}'
-    token = claim.token
+    token = taken.token
     return (
         b'{"data":['
         + b",".join(
             b'{"ack_id":"%b","data":%b,"deliver_count":%d}'
-            % (claims.encode_receipt(token, m.id).encode(), render_with(m, receiver.tail), m.deliver_count)
-            for m in claim.messages
+            % (claims.encode_receipt(token, item.message.id).encode(), item.payload, item.message.deliver_count)
+            for item in taken.ready
         )
         + b"]}"
     )

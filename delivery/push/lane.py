@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import datetime
 from uuid import UUID
 
+from consumers.envelope import Addressing
 from consumers.store.types import ClaimedMessage
 from delivery.push import retry
 
@@ -20,6 +22,8 @@ class Target:
     """A push consumer's settings, and its endpoint's."""
 
     consumer_id: UUID
+    version: datetime
+    """Of the consumer's configuration."""
     consumer_name: str
     source_id: UUID
     tables: tuple[str, ...]
@@ -30,7 +34,8 @@ class Target:
     headers: dict[str, str]
     secrets: str
     timeout_s: float
-    tail: str
+    transform: str
+    to: Addressing
 
     @property
     def lease_ms(self) -> int:
@@ -40,10 +45,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class InHand:
-    """A claimed message and the token it was claimed under."""
+    """A claimed message, the token it was claimed under, and what is sent for it once that is made."""
 
     token: UUID
     message: ClaimedMessage
+    payload: bytes = b""
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -88,6 +94,7 @@ class Lane:
     target: Target
     endpoint: EndpointState
     pending: list[InHand] = field(default_factory=list)
+    in_making: list[InHand] = field(default_factory=list)  # in the consumer's transform
     flights: dict[int, list[InHand]] = field(default_factory=dict)
     busy: dict[int, int] = field(default_factory=dict)  # group → requests in flight with it
     window: int = FIRST_WINDOW  # requests at a time, at most the consumer's concurrency
@@ -99,6 +106,8 @@ class Lane:
 
     def room(self) -> int:
         """How many messages to claim now."""
+        if self.in_making:
+            return 0
         if self.endpoint.is_open:
             return 0 if self.pending or self.flights else self.target.batch_size
         wanted = 2 * min(self.target.concurrency, max(self.window, FIRST_WINDOW)) * self.target.batch_size
@@ -175,28 +184,36 @@ class Lane:
     def drop_behind(self, batch: list[InHand]) -> None:
         """Forget what the store took back with a failed batch: the later messages of its groups from the same claims."""
         held = {(item.token, group) for item in batch for group in item.groups}
-        kept = []
-        for item in self.pending:
-            if any((item.token, group) in held for group in item.groups):
-                held.update((item.token, group) for group in item.groups)
-            else:
-                kept.append(item)
-        self.pending = kept
+        self.pending = _without(self.pending, held)
+        self.in_making = _without(self.in_making, held)
 
     def tokens(self) -> set[UUID]:
         return {item.token for item in self.items()}
 
     def items(self) -> Iterable[InHand]:
         yield from self.pending
+        yield from self.in_making
         for batch in self.flights.values():
             yield from batch
 
     def forget_tokens(self, gone: set[UUID]) -> None:
         """These leases are lost: others have the messages. What is in flight is let go."""
         self.pending = [item for item in self.pending if item.token not in gone]
+        self.in_making = [item for item in self.in_making if item.token not in gone]
         for number, batch in list(self.flights.items()):
             if any(item.token in gone for item in batch):
                 self.arrive(number)
+
+
+def _without(items: Iterable[InHand], held: set[tuple[UUID, int]]) -> list[InHand]:
+    """The items that stand behind none of these (token, group) pairs."""
+    kept = []
+    for item in items:
+        if any((item.token, group) in held for group in item.groups):
+            held.update((item.token, group) for group in item.groups)
+        else:
+            kept.append(item)
+    return kept
 
 
 def _groups(batch: list[InHand]) -> set[int]:

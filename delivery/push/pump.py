@@ -13,7 +13,9 @@ import random
 import threading
 import time
 from collections import defaultdict
+from datetime import datetime
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
@@ -21,7 +23,8 @@ import psycopg
 from django.conf import settings
 from django.db import DatabaseError, connection
 
-from consumers.envelope import addressing, idempotency_key, render_with
+from consumers.backoff import delay_ms
+from consumers.envelope import addressing, idempotency_key, render
 from consumers.models import Consumer
 from consumers.store import claims, lifecycle, turns
 from consumers.store.connection import store_connection
@@ -31,6 +34,7 @@ from consumers.store.types import Failure
 from delivery.push import retry, signing
 from delivery.push.lane import EndpointState, InHand, Lane, Target
 from delivery.push.transport import Outcome, Request, Transport
+from delivery.transforming import Made, make, settle
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,8 @@ SWEEP_S = 1.0
 LAST_ANSWERS_S = 2.0
 ACKS_EVERY_S = 0.003
 ACKS_AT_ONCE = 200
+TRANSFORM_S = 5.0  # of one batch; what is not begun by then goes back
+TRANSFORMS = 256  # that run at once, one a consumer: a slow one holds up no other
 SMALLEST_CLAIM = 50  # messages under one lease, when batches are smaller
 ATTEMPTS_EVERY_S = 0.25
 ATTEMPTS_A_ROUND = 200  # successes kept of one round, for people
@@ -59,6 +65,15 @@ class Flight(NamedTuple):
     number: int
 
 
+class Transformed(NamedTuple):
+    """A transform has run on some messages of a consumer."""
+
+    consumer_id: UUID
+    version: datetime
+    items: list[InHand]
+    made: Made
+
+
 class Pump:
     """Runs until its slice is over, or until told to stop."""
 
@@ -66,7 +81,8 @@ class Pump:
         self.holder = uuid4()
         self._stopping = stopping
         self._stopped = False
-        self._events: queue.SimpleQueue[Outcome | Notice] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Outcome | Notice | Transformed] = queue.SimpleQueue()
+        self._transforms = ThreadPoolExecutor(TRANSFORMS, "transform")
         self._transport = Transport(self._events, settings.SEQUIN_ALLOWED_NETWORKS)
         self._lanes: dict[UUID, Lane] = {}
         self._endpoints: dict[UUID, EndpointState] = defaultdict(EndpointState)
@@ -174,10 +190,45 @@ class Pump:
                     lane.look_at = now + claim.next_due_ms / 1000 + 0.005
                 return
             lane.hungry = True
-            lane.pending.extend(InHand(claim.token, message) for message in claim.messages)
             room -= len(claim.messages)
+            if lane.target.transform:
+                self._transform(lane, [InHand(claim.token, message) for message in claim.messages])
+                return
+            to = lane.target.to
+            lane.pending.extend(InHand(claim.token, message, render(message, to)) for message in claim.messages)
             if claim.at_end:
                 return
+
+    def _transform(self, lane: Lane, items: list[InHand]) -> None:
+        """Let a thread run the consumer's function; the loop hears of it as of an answer."""
+        lane.in_making = items
+        target, messages = lane.target, [item.message for item in items]
+
+        def run() -> None:
+            made = make(target.consumer_id, target.transform, target.to, messages, TRANSFORM_S)
+            self._events.put(Transformed(target.consumer_id, target.version, items, made))
+
+        self._transforms.submit(run)
+
+    def _transformed(self, event: Transformed) -> None:
+        lane = self._lanes.get(event.consumer_id)
+        if lane is None:
+            return  # the turn is gone, and its messages went back
+        if event.version != lane.target.version:
+            self._give_back_unsent(lane)  # it was edited meanwhile
+            return
+        ours = {item.message.id: item for item in lane.in_making if item in event.items}
+        lane.in_making = [item for item in lane.in_making if item.message.id not in ours]
+        if not ours:
+            return
+        made = event.made
+        still = Made(
+            [item for item in made.ready if item.message.id in ours], [message for message in made.dropped if message.id in ours],
+            [(message, error) for message, error in made.failed if message.id in ours], [m for m in made.left if m.id in ours],
+        )  # fmt: skip
+        token = next(iter(ours.values())).token
+        lane.pending.extend(InHand(token, item.message, item.payload) for item in settle(event.consumer_id, token, still))
+        lane.hungry = True
 
     def _send(self, lane: Lane, now: float) -> None:
         while batch := lane.next_batch(now):
@@ -200,6 +251,8 @@ class Pump:
             while True:
                 if isinstance(event, Outcome):
                     outcomes.append(event)
+                elif isinstance(event, Transformed):
+                    self._transformed(event)
                 else:
                     self._hear(event)
                 event = self._events.get_nowait()
@@ -256,7 +309,7 @@ class Pump:
         error = outcome.error or "failed"
         failures = []
         for item in batch:
-            delay = retry.delay_ms(item.message.deliver_count, random.uniform(-1, 1))
+            delay = delay_ms(item.message.deliver_count, random.uniform(-1, 1))
             if asked is not None:
                 delay = int(asked * 1000)
             failures.append(Failure(item.token, item.message.id, delay, error, outcome.status, "retry", max_batch))
@@ -292,6 +345,8 @@ class Pump:
         self._renewed_at = 0.0
         for target in _load_targets(set(self._lanes)):
             lane = self._lanes[target.consumer_id]
+            if target.version != lane.target.version and not lane.in_making:
+                self._give_back_unsent(lane)
             if target.endpoint_id != lane.target.endpoint_id or (target.url, target.headers) != (lane.target.url, lane.target.headers):
                 # Another endpoint, or a mended one: what it did before says nothing any more.
                 self._endpoints[target.endpoint_id].failures = 0
@@ -302,6 +357,13 @@ class Pump:
                 lane.endpoint = moved
             lane.target = target
             lane.hungry = True
+
+    def _give_back_unsent(self, lane: Lane) -> None:
+        """What was claimed before an edit, and is not sent, is claimed anew: another filter and function may apply."""
+        unsent = lane.pending + lane.in_making
+        lane.pending, lane.in_making = [], []
+        if unsent:
+            claims.give_back(lane.target.consumer_id, [(item.token, item.message.id) for item in unsent])
 
     def _wake_source(self, source_id: UUID, relations: list[int]) -> None:
         for lane in self._lanes.values():
@@ -349,6 +411,7 @@ class Pump:
             log.warning("the pump could not give its messages back; their leases will end: %s", str(error)[:200])
             connection.close()
         self._transport.close()
+        self._transforms.shutdown(wait=False, cancel_futures=True)
 
 
 def _load_targets(consumer_ids: set[UUID]) -> list[Target]:
@@ -360,12 +423,12 @@ def _load_targets(consumer_ids: set[UUID]) -> list[Target]:
             continue
         targets.append(
             Target(
-                consumer.pk, consumer.name, consumer.source_id, tuple(consumer.tables), consumer.batch_size,
+                consumer.pk, consumer.updated_at, consumer.name, consumer.source_id, tuple(consumer.tables), consumer.batch_size,
                 consumer.concurrency, endpoint.pk, endpoint.url + consumer.path, {**endpoint.headers, **endpoint.secret_headers},
-                endpoint.signing_secret, endpoint.timeout_ms / 1000,
+                endpoint.signing_secret, endpoint.timeout_ms / 1000, consumer.transform,
                 addressing(
                     consumer_id=consumer.pk, consumer_name=consumer.name, source_id=source.pk, source_name=source.name,
-                    database=source.database,
+                    database=source.database, stream=consumer.stream,
                 ),
             )
         )  # fmt: skip
@@ -374,7 +437,7 @@ def _load_targets(consumer_ids: set[UUID]) -> list[Target]:
 
 def _request(target: Target, batch: list[InHand], tag: Flight, now_s: float) -> Request:
     """One POST, signed now: a retry is signed anew, with the same id. `now_s`: by the store's clock."""
-    bodies = [render_with(item.message, target.tail) for item in batch]
+    bodies = [item.payload for item in batch]
     if target.batch_size == 1:
         body, webhook_id = bodies[0], idempotency_key(batch[0].message)
     else:

@@ -1,23 +1,16 @@
-"""Decide when a failed push is tried again, and how long an endpoint is left alone. Pure: jitter is an argument.
+"""Decide what an endpoint's answer asks for, and how long an endpoint that fails is left alone. Pure.
 
-    delay(n) = min(600 s, 1 s × 2^(n−1)) × (1 + jitter × 0.15)
+When a message is tried again is consumers/backoff.py's.
 """
 from __future__ import annotations
 
 from email.utils import parsedate_to_datetime
 
-FIRST_S, LONGEST_S, SPREAD = 1.0, 600.0, 0.15
 RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 3600.0
 HONOURED = (429, 503)
 GONE = 410
 FAILURES_TO_OPEN = 5
 HOLD_FIRST_S, HOLD_LONGEST_S = 0.5, 30.0
-
-
-def delay_ms(deliver_count: int, jitter: float) -> int:
-    """Milliseconds to wait after attempt number `deliver_count` (from 1) failed; `jitter` from −1 to 1."""
-    doublings = min(max(deliver_count, 1) - 1, 32)
-    return int(min(LONGEST_S, FIRST_S * 2**doublings) * (1 + jitter * SPREAD) * 1000)
 
 
 def retry_after_s(status: int, header: str | None, now_s: float) -> float | None:

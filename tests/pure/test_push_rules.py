@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
+from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -11,6 +12,8 @@ from standardwebhooks import Webhook
 
 from consumers.models import new_signing_secret
 from consumers.store.types import ClaimedMessage
+from consumers.backoff import delay_ms
+from consumers.envelope import Addressing
 from delivery.push import retry, signing
 from consumers.addresses import is_allowed
 from delivery.push.lane import EndpointState, InHand, Lane, Target
@@ -20,8 +23,8 @@ LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
 
 @pytest.mark.parametrize(("count", "expected"), [(1, 1000), (2, 2000), (3, 4000), (10, 512_000), (11, 600_000), (10_000, 600_000)])
 def test_delays_double_up_to_ten_minutes(count: int, expected: int) -> None:
-    assert retry.delay_ms(count, 0) == expected
-    assert retry.delay_ms(count, -1) == int(expected * 0.85) and retry.delay_ms(count, 1) == int(expected * 1.15)
+    assert delay_ms(count, 0) == expected
+    assert delay_ms(count, -1) == int(expected * 0.85) and delay_ms(count, 1) == int(expected * 1.15)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +77,9 @@ def test_an_allowed_network_is_allowed_in_its_mapped_form_too() -> None:
 
 def lane(batch_size: int = 1, concurrency: int = 10, endpoint: EndpointState | None = None) -> Lane:
     target = Target(
-        uuid4(), "c", uuid4(), (), batch_size, concurrency, uuid4(), "http://localhost/", {}, new_signing_secret(), 1.0, ""
-    )
+        uuid4(), datetime(2026, 1, 1), "c", uuid4(), (), batch_size, concurrency, uuid4(), "http://localhost/", {}, new_signing_secret(), 1.0,
+        "", Addressing("", False),
+    )  # fmt: skip
     made = Lane(target, endpoint or EndpointState())
     made.window = concurrency
     return made

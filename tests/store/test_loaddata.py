@@ -70,7 +70,7 @@ def test_only_what_differs_is_saved(fixture: Any) -> None:
     [
         ("consumer", {"tables": ["public.nowhere"]}, ["object 3", "consumers.consumer push", "tables", "no table public.nowhere"]),
         ("consumer", {"batch_size": "many"}, ["object 3", "batch_size", "whole number"]),
-        ("consumer", {"where": "a > 1"}, ["object 3", "where", "not available"]),
+        ("consumer", {"where": "a > 1"}, ["object 3", "where", "line 1, column 1", "no column 'a'"]),
         ("consumer", {"colour": "red"}, ["object 3", "colour", "is not a field"]),
         ("consumer", {"source": ["nowhere"]}, ["object 3", "source", "no source"]),
         ("consumer", {"slot_created": True}, ["object 3", "slot_created", "is not a field"]),
