@@ -168,6 +168,8 @@ class ConsumerPosition(models.Model):
     dead_count = models.IntegerField()
     acked_count = models.BigIntegerField()
     failed_count = models.BigIntegerField()
+    filtered_count = models.BigIntegerField()
+    undecided_count = models.BigIntegerField()
     taken_at = models.DateTimeField(null=True)
 
     class Meta:
