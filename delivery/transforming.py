@@ -15,7 +15,7 @@ from consumers.envelope import Addressing, metadata, render
 from consumers.lua.pool import Pool
 from consumers.lua.types import Call, LuaError, Result
 from consumers.store import claims
-from consumers.store.types import ClaimedMessage, Failure, without_followers
+from consumers.store.types import ClaimedMessage, Failure, part_failed
 
 AT_ONCE = 50  # messages, between looks at the clock
 pool = Pool()
@@ -76,24 +76,19 @@ def settle(consumer_id: UUID, token: UUID, made: Made) -> list[Outgoing]:
     """Tell the store what is not delivered now. Returns what is: without what follows a failed message in its group."""
     if not (made.dropped or made.failed or made.left):
         return made.ready
-    ready = made.ready
-    if made.failed:
-        failed = {message.id for message, _ in made.failed}
-        everything = sorted([item.message for item in ready] + made.dropped + made.left + [message for message, _ in made.failed])
-        stays = {message.id for message in without_followers(everything, failed)}
-        ready = [item for item in ready if item.message.id in stays]
-        made = made._replace(
-            dropped=[message for message in made.dropped if message.id in stays],
-            left=[message for message in made.left if message.id in stays],
-            failed=[(message, error) for message, error in made.failed if message.id in stays or message.id in failed],
-        )
-    if made.dropped:
-        claims.drop(consumer_id, [(token, message.id) for message in made.dropped])
-    if made.left:
-        claims.give_back(consumer_id, [(token, message.id) for message in made.left])
-    if made.failed:
-        claims.fail(consumer_id, [_failure(token, message, error) for message, error in made.failed])
-    return ready
+    errors = {message.id: error for message, error in made.failed}
+    everything = [item.message for item in made.ready] + made.dropped + made.left + [message for message, _ in made.failed]
+    going, failing = part_failed(sorted(everything, key=lambda message: message.id), errors)
+    goes = {message.id for message in going}
+    dropped = [(token, message.id) for message in made.dropped if message.id in goes]
+    left = [(token, message.id) for message in made.left if message.id in goes]
+    if dropped:
+        claims.drop(consumer_id, dropped)
+    if left:
+        claims.give_back(consumer_id, left)
+    if failing:
+        claims.fail(consumer_id, [_failure(token, message, errors[message.id]) for message in failing])
+    return [item for item in made.ready if item.message.id in goes]
 
 
 def _failure(token: UUID, message: ClaimedMessage, error: LuaError) -> Failure:

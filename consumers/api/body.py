@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from typing import Any
 
 from django.core.exceptions import RequestDataTooBig
@@ -9,25 +11,43 @@ from django.core.exceptions import RequestDataTooBig
 from consumers.api.errors import MAX_BODY_BYTES, BadParameter
 
 
-def read_object(request: Any) -> dict[str, Any]:
+class Numbers:
+    """Keeps numbers as they were written: as texts in what is read, and as numbers again in what `written` makes of it."""
+
+    def __init__(self) -> None:
+        self._mark = secrets.token_hex(16)
+        self._marked = re.compile(f'"{self._mark}([^"]*)"')
+
+    def kept(self, digits: str) -> Any:
+        value = float(digits)
+        return value if json.dumps(value) == digits else self._mark + digits
+
+    def written(self, value: Any) -> str:
+        return self._marked.sub(r"\1", json.dumps(value, ensure_ascii=True))
+
+
+def read_object(request: Any, numbers: Numbers | None = None) -> dict[str, Any]:
     """The body as a JSON object; an empty body is an empty object. Raises BadParameter, RequestDataTooBig."""
-    http = getattr(request, "_request", request)
+    body = _body(getattr(request, "_request", request))
+    if not body.strip():
+        return {}
+    try:
+        value = json.loads(body, parse_constant=_refuse_constant, parse_float=numbers.kept if numbers else None)
+    except (ValueError, RecursionError) as error:
+        raise BadParameter(f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadParameter(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _body(http: Any) -> bytes:
     try:
         length = int(http.META.get("CONTENT_LENGTH") or 0)
     except ValueError:
         raise BadParameter("Content-Length is not a number") from None
     if length > MAX_BODY_BYTES:
         raise RequestDataTooBig
-    body = _chunked(http) if "HTTP_TRANSFER_ENCODING" in http.META else http.body
-    if not body.strip():
-        return {}
-    try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise BadParameter(f"the body is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadParameter(f"expected a JSON object, got {type(value).__name__}")
-    return value
+    return _chunked(http) if "HTTP_TRANSFER_ENCODING" in http.META else bytes(http.body)
 
 
 def _chunked(http: Any) -> bytes:

@@ -19,7 +19,7 @@ from django.db import connection
 from consumers.backoff import HELD, delay_ms
 from consumers.filters.scouting import NONE_NEEDED, Scout, scouts
 from consumers.filters.statements import DROPS, UNDECIDED
-from consumers.store.types import ACTIONS, Claim, ClaimedMessage, Failure, Settled, without_followers
+from consumers.store.types import ACTIONS, Claim, ClaimedMessage, Failure, Settled, part_failed
 
 SCAN_ROWS = 20_000  # looked at in one transaction, so that nobody waits long behind it
 SCAN_MS = 250  # one claim's budget; past it the answer is empty although the end is not reached
@@ -52,15 +52,15 @@ def claim(consumer_id: UUID, limit: int, *, lease_ms: int, holder: UUID | None =
         if token is not None:
             messages = _messages(rows, frozenset(verdicts.undecided))
             if scout is not None:
-                messages = _judged_again(consumer_id, scout, token, messages, {row[7] for row in rows if row[5]})
+                messages = _judged_again(consumer_id, scout, token, messages, {row[8] for row in rows if row[5]})
                 scout.moved(reached)
             if messages:
-                return Claim(token, messages, bool(at_end) and verdicts.at_log_end, None)
+                return Claim(token, messages, bool(at_end) and verdicts.at_log_end, None, rows[0][6])
         elif scout is not None:
             scout.moved(reached)
         at_end = at_end and verdicts.at_log_end and token is None
         if at_end or time.monotonic() >= deadline:
-            return Claim(None, [], bool(at_end), None if next_due_ms is None else max(0, int(next_due_ms)))
+            return Claim(None, [], bool(at_end), None if next_due_ms is None else max(0, int(next_due_ms)), rows[0][6])
 
 
 def ack(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]]) -> Settled:
@@ -144,16 +144,16 @@ def _judged_again(
     if not parked:
         return messages
     judged = scout.judge(parked)
-    failures = {}
-    for message in messages:
-        failed = judged[message.id].failed if message.id in judged else None
-        if failed is not None and message.id in fresh:
-            delay = failed.delay_ms if failed.delay_ms == HELD else delay_ms(message.deliver_count, random.uniform(-1, 1))
-            failures[message.id] = Failure(token, message.id, delay, failed.error, reason="error")
-    verdicts = {number: one.verdict for number, one in judged.items()}
+    troubles = {number: one.failed for number, one in judged.items() if one.failed is not None and number in fresh}
+    going, failing = part_failed(messages, troubles)
+    failures = []
+    for message in failing:
+        trouble = troubles[message.id]
+        delay = trouble.delay_ms if trouble.delay_ms == HELD else delay_ms(message.deliver_count, random.uniform(-1, 1))
+        failures.append(Failure(token, message.id, delay, trouble.error, reason="error"))
     kept, dropped = [], []
-    for message in without_followers(messages, failures):
-        verdict = verdicts.get(message.id)
+    for message in going:
+        verdict = judged[message.id].verdict if message.id in judged else None
         if verdict == DROPS and message.id in fresh:
             dropped.append((token, message.id))
         else:
@@ -161,7 +161,7 @@ def _judged_again(
     if dropped:
         drop(consumer_id, dropped)
     if failures:
-        fail(consumer_id, list(failures.values()))
+        fail(consumer_id, failures)
     return kept
 
 
@@ -202,13 +202,13 @@ def _fetch(query: str, parameters: list[Any]) -> list[tuple[Any, ...]]:
 
 
 def _messages(rows: list[tuple[Any, ...]], undecided: frozenset[int]) -> list[ClaimedMessage]:
-    missing = {row[12] for row in rows} - _relation_names.keys()
+    missing = {row[13] for row in rows} - _relation_names.keys()
     if missing:
         found = _fetch("SELECT id, schema_name, table_name FROM relation_version WHERE id = ANY (%s)", [list(missing)])
         _relation_names.update({row[0]: (row[1], row[2]) for row in found})
     messages = []
     for (
-        _, _, _, _, _, _, source, id_, count, group, group2, max_batch, relation, action, record, changes, key, commit_lsn,
+        _, _, _, _, _, _, _, source, id_, count, group, group2, max_batch, relation, action, record, changes, key, commit_lsn,
         commit_idx, committed_at, epoch, unchanged, old_values_known, notes,
     ) in rows:  # fmt: skip
         schema, table = _relation_names[relation]

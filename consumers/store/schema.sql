@@ -460,14 +460,14 @@ end $$;
 -- stretch (p_from, p_through] of it, under the configuration of p_version. p_ids are what it lets through, p_errors and
 -- p_delays_ms beside them what went wrong (null: nothing; a delay of -1: held until something is changed), p_passed what it
 -- does not let through, p_undecided what it lets through not knowing. `needs_verdicts`: they are of another configuration.
--- `fresh`: was parked and never handed out, so the `where` of now has to be asked again.
+-- `fresh`: was parked and never handed out, so the `where` of now has to be asked again. `version`: of the configuration.
 create function sequin_claim(p_consumer uuid, p_limit integer, p_lease_ms bigint, p_holder uuid, p_scan integer,
                              p_max_bytes bigint, p_version timestamptz default null, p_from bigint default null,
                              p_through bigint default null, p_ids bigint[] default '{}', p_grps bigint[] default '{}',
                              p_grp2s bigint[] default '{}', p_errors text[] default '{}', p_delays_ms bigint[] default '{}',
                              p_passed bigint[] default '{}', p_undecided bigint[] default '{}')
 returns table (
-    token uuid, at_end boolean, next_due_ms bigint, reached bigint, needs_verdicts boolean, fresh boolean, source uuid, id bigint, deliver_count integer, grp bigint, grp2 bigint,
+    token uuid, at_end boolean, next_due_ms bigint, reached bigint, needs_verdicts boolean, fresh boolean, version timestamptz, source uuid, id bigint, deliver_count integer, grp bigint, grp2 bigint,
     max_batch integer, relation integer, action "char", record text, changes text, key text, commit_lsn bigint,
     commit_idx bigint, committed_at text, epoch integer, unchanged text, old_values_known boolean, annotations text)
 language plpgsql set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
@@ -520,7 +520,8 @@ declare
     v_token      uuid;
     v_fit        integer;
     v_beyond     bigint[];
-    v_version    timestamptz;  -- of the configuration, when verdicts are needed
+    v_version    timestamptz;  -- of the configuration
+    v_judged     boolean;      -- verdicts are needed
     v_latest     boolean;      -- of each row its latest state only
     v_fresh      boolean[] := '{}';
     v_newest     bigint;
@@ -536,11 +537,12 @@ begin
     select c.status, c.tables, c.group_columns, c.max_ack_pending, c.max_deliver, c.max_per_group, c.max_parked,
            array(select case a when 'insert' then 'I' when 'update' then 'U' when 'delete' then 'D' when 'truncate' then 'T'
                         end::"char" from unnest(c.actions) a where c.stream = 'changes' or a in ('insert', 'update')),
-           case when c."where" <> '' or c.stream = 'rows' then c.updated_at end, c.stream = 'rows'
-      into v_status, v_tables, v_columns, v_max_out, v_max_deliver, v_per_group, v_max_parked, v_actions, v_version, v_latest
+           c.updated_at, c."where" <> '' or c.stream = 'rows', c.stream = 'rows'
+      into v_status, v_tables, v_columns, v_max_out, v_max_deliver, v_per_group, v_max_parked, v_actions, v_version, v_judged, v_latest
       from consumers_consumer c where c.id = p_consumer;
     reached := v_pos.position;
-    needs_verdicts := v_version is distinct from p_version and v_status = 'active';
+    version := v_version;
+    needs_verdicts := case when v_judged then v_version end is distinct from p_version and v_status = 'active';
     if v_pos.consumer is null or v_status is distinct from 'active' or needs_verdicts then
         at_end := true;
         return next;
@@ -650,7 +652,7 @@ begin
         end if;
         v_window := greatest(v_room, 16);
         loop
-            if v_version is not null then
+            if v_judged then
                 -- Judged already; what others took meanwhile lies before the position.
                 select array_agg(u.id order by u.id), array_agg(u.grp order by u.id),
                        array_agg(nullif(u.grp2, u.grp) order by u.id), array_agg(u.error order by u.id),
@@ -883,7 +885,7 @@ begin
     if not v_from_parked then
         -- All of one stretch of the log: the partitions that hold it are known before the scan begins.
         return query
-            select v_token, v_end, null::bigint, v_position, false, false, m.source, m.id, 1, v_grps[m.n], v_grp2s[m.n], null::integer, m.relation, m.action, m.record,
+            select v_token, v_end, null::bigint, v_position, false, false, v_version, m.source, m.id, 1, v_grps[m.n], v_grp2s[m.n], null::integer, m.relation, m.action, m.record,
                    m.changes, m.key, m.commit_lsn, m.commit_idx,
                    to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged,
                    m.old_values_known, m.annotations
@@ -893,7 +895,7 @@ begin
         return;
     end if;
     return query
-        select v_token, v_end, null::bigint, v_position, false, u.fresh, m.source, m.id, u.n, u.grp, u.grp2, u.b, m.relation, m.action, m.record,
+        select v_token, v_end, null::bigint, v_position, false, u.fresh, v_version, m.source, m.id, u.n, u.grp, u.grp2, u.b, m.relation, m.action, m.record,
                m.changes, m.key, m.commit_lsn, m.commit_idx,
                to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged,
                m.old_values_known, m.annotations

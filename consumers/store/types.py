@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from datetime import datetime
 from typing import NamedTuple, NewType
 from uuid import UUID
 
@@ -104,17 +105,23 @@ class ClaimedMessage(NamedTuple):
     """Let through because the consumer's filter hangs on something the message does not carry."""
 
 
-def without_followers(messages: Iterable[ClaimedMessage], failed: Collection[int]) -> list[ClaimedMessage]:
-    """Those of one claim's messages, in log order, that neither failed nor stand behind one that did in a group of theirs."""
+def part_failed(messages: Iterable[ClaimedMessage], failed: Collection[int]) -> tuple[list[ClaimedMessage], list[ClaimedMessage]]:
+    """Of one claim's messages, in log order: those that go on, and those that failed.
+
+    What stands behind a failed one in a group of its is neither, failed or not: it comes back with it.
+    """
     held: set[int] = set()
-    found = []
+    going, failing = [], []
     for message in messages:
         groups = {message.group} if message.group2 is None else {message.group, message.group2}
-        if message.id in failed or held & groups:
+        if held & groups:
             held |= groups
+        elif message.id in failed:
+            held |= groups
+            failing.append(message)
         else:
-            found.append(message)
-    return found
+            going.append(message)
+    return going, failing
 
 
 class Claim(NamedTuple):
@@ -128,6 +135,8 @@ class Claim(NamedTuple):
     messages: list[ClaimedMessage]
     at_end: bool
     next_due_ms: int | None
+    version: datetime | None
+    """Of the consumer's configuration that it went by: what is made of the messages goes by the same."""
 
 
 class Settled(NamedTuple):

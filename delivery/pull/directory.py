@@ -4,6 +4,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from uuid import UUID
 
 from rest_framework.exceptions import NotFound
@@ -22,6 +23,8 @@ class Receiver:
     id: UUID
     name: str
     source_id: UUID
+    version: datetime
+    """Of the consumer's configuration."""
     tables: tuple[str, ...]
     ack_wait_ms: int
     transform: str
@@ -37,7 +40,7 @@ def find(name_or_id: str, caller: Caller) -> Receiver:
     known = _cache.get(name_or_id)
     now = time.monotonic()
     if known is None or known[0] <= now:
-        receiver = _load(name_or_id)
+        receiver = load(name_or_id)
         with _lock:
             if len(_cache) > 10_000:
                 _cache.clear()
@@ -58,7 +61,8 @@ def _missing(name_or_id: str) -> str:
     return f"there is no pull consumer {name_or_id!r}"
 
 
-def _load(name_or_id: str) -> Receiver:
+def load(name_or_id: str) -> Receiver:
+    """As it is in the store now. Raises NotFound."""
     if "\0" in name_or_id:
         raise NotFound(_missing(name_or_id))
     found = Consumer.objects.select_related("source").filter(kind="pull")
@@ -73,6 +77,7 @@ def _load(name_or_id: str) -> Receiver:
         consumer.pk,
         consumer.name,
         consumer.source_id,
+        consumer.updated_at,
         tuple(consumer.tables),
         consumer.ack_wait_ms,
         consumer.transform,

@@ -24,6 +24,8 @@ from delivery.transforming import Outgoing, make, settle
 
 TRANSFORM_S = 5.0  # of one receive, and at most a quarter of the time the messages are out; what is left goes back
 
+LOOKED_AT = 500  # messages at once, when a function drops what it gets
+
 # Claims take turns for connections, so that a thousand waiters leave some to everybody else.
 _claiming = threading.BoundedSemaphore(max(1, settings.WEB_POOL_SIZE - 6))
 
@@ -137,25 +139,34 @@ class Taken(NamedTuple):
     next_due_ms: int | None
 
 
-def _take(receiver: Receiver, size: int) -> Taken:
+def _take(receiver: Receiver, size: int, looked_at: int = 0) -> Taken:
+    """`looked_at`: how many messages to look at, where a function drops most: what is too much goes back."""
     connection.close()  # nobody waits for a turn with a connection in hand: those whose turn it is need them
     try:
         with _claiming:
-            claim = claims.claim(receiver.id, size, lease_ms=receiver.ack_wait_ms)
+            claim = claims.claim(receiver.id, max(size, looked_at), lease_ms=receiver.ack_wait_ms)
             if claim.token is None:
                 return Taken(None, [], claim.at_end, claim.next_due_ms)
             connection.close()
+        if claim.version != receiver.version:
+            directory.forget()  # it was edited a moment ago
+            receiver = directory.load(str(receiver.id))
+            connection.close()
         made = make(receiver.id, receiver.transform, receiver.to, claim.messages, min(TRANSFORM_S, receiver.ack_wait_ms / 4000))
         ready = settle(receiver.id, claim.token, made)
-        return Taken(claim.token, ready, claim.at_end and len(ready) == len(claim.messages), None)
+        if len(ready) > size:
+            claims.give_back(receiver.id, [(claim.token, item.message.id) for item in ready[size:]])
+        return Taken(claim.token, ready[:size], claim.at_end and len(ready) == len(claim.messages) <= size, None)
     finally:
         connection.close()  # back to the pool before anybody waits
 
 
 def _search_on(receiver: Receiver, size: int) -> Taken:
     """An empty answer has to mean empty: go on until there is a message or the end of the log."""
+    looked_at = size
     while True:
-        taken = _take(receiver, size)
+        looked_at = min(2 * looked_at, LOOKED_AT) if receiver.transform else size
+        taken = _take(receiver, size, looked_at)
         if taken.ready or taken.at_end:
             return taken
 

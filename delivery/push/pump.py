@@ -189,6 +189,8 @@ class Pump:
                 if claim.next_due_ms is not None:
                     lane.look_at = now + claim.next_due_ms / 1000 + 0.005
                 return
+            if claim.version != lane.target.version:
+                self._reconfigure()  # it was edited a moment ago
             lane.hungry = True
             room -= len(claim.messages)
             if lane.target.transform:
