@@ -105,14 +105,14 @@ class Scout:
                 self._at_end and count == len(self._ids),
             )  # fmt: skip
 
-    def moved(self, position: int) -> None:
-        """A claim found the consumer there: forget what lies behind, or everything, when it does not go on from here."""
+    def moved(self, position: int) -> bool:
+        """A claim found the consumer there: forget what lies behind. False: it is somewhere else, all begins anew."""
         with self._lock:
             if position < self._from or position > self._through:
                 self._begin(position)
-                return
+                return False
             if position <= self._position:
-                return
+                return True
             self._position = self._from = position
             count = bisect.bisect_right(self._ids, position)
             for number in self._ids[:count]:
@@ -120,6 +120,7 @@ class Scout:
                 self._undecided.discard(number)
             del self._ids[:count], self._groups[:count]
             del self._passed[: bisect.bisect_right(self._passed, position)]
+            return True
 
     def is_undecided(self, message_id: int) -> bool:
         return message_id in self._undecided

@@ -56,8 +56,8 @@ def claim(consumer_id: UUID, limit: int, *, lease_ms: int, holder: UUID | None =
                 scout.moved(reached)
             if messages:
                 return Claim(token, messages, bool(at_end) and verdicts.at_log_end, None, rows[0][6])
-        elif scout is not None:
-            scout.moved(reached)
+        elif scout is not None and not scout.moved(reached):
+            at_end = False  # what was judged lies elsewhere: it was rewound, or others are ahead
         at_end = at_end and verdicts.at_log_end and token is None
         if at_end or time.monotonic() >= deadline:
             return Claim(None, [], bool(at_end), None if next_due_ms is None else max(0, int(next_due_ms)), rows[0][6])

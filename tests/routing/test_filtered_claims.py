@@ -339,3 +339,18 @@ def test_groups_of_several_columns_and_nul_in_json(shop: Shop) -> None:  # noqa:
     claim = claims.claim(consumer.pk, 10, lease_ms=60_000)
     assert [record(message)["id"] for message in claim.messages] == [1, 3]
     assert len({message.group for message in claim.messages}) == 2
+
+
+def test_a_position_that_was_moved_is_gone_on_from(shop: Shop) -> None:  # noqa: F811
+    """Back or forth: verdicts on another stretch say nothing of what comes now."""
+    shop.execute(ORDERS)
+    consumer = shop.consumer("total > 0", tables=["public.orders"])
+    shop.execute("INSERT INTO orders SELECT g, 'x', g FROM generate_series(1, 30) g")
+    shop.read()
+    assert len(take(consumer)) == 30
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE consumer_position SET position = 0")
+    assert len(take(consumer)) == 30
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE consumer_position SET position = (SELECT id FROM messages WHERE key = '[\"20\"]')")
+    assert [record(message)["id"] for message in take(consumer)] == list(range(21, 31))
