@@ -75,7 +75,7 @@ def rehearse(thing: Source | HttpEndpoint | Consumer) -> Prepared | None:
     if isinstance(thing, Source):
         return prepare(thing)
     if isinstance(thing, Consumer):
-        check_where(thing)
+        thing.notices = check_where(thing)
         if thing._state.adding:
             _publish(thing)
             _position(thing.source)
@@ -143,7 +143,7 @@ def _save_source(source: Source, made: Prepared | None) -> None:
 def _save_consumer(consumer: Consumer) -> None:
     before = None if consumer._state.adding else Consumer.objects.filter(pk=consumer.pk).first()
     if before is None or (before.tables, before.where) != (consumer.tables, consumer.where):
-        check_where(consumer)
+        consumer.notices = check_where(consumer)
     if before is None or before.tables != consumer.tables:
         _publish(consumer)
     if before is None:

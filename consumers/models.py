@@ -10,6 +10,7 @@ import re
 import secrets
 import uuid
 from base64 import b64encode
+from collections.abc import Sequence
 from typing import Any, Self
 
 from django.conf import settings
@@ -31,6 +32,7 @@ from consumers.store.models import (  # noqa: F401  (Django finds the models thr
 )
 from consumers.endpoint_rules import check_headers, check_url
 from consumers.hosting import pooler_problem
+from consumers.filters.checking import Notice
 from consumers.routing import clean_transform, clean_where
 
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
@@ -243,6 +245,7 @@ class Consumer(Named):
     concurrency = models.IntegerField(default=10, validators=[MinValueValidator(1), MaxValueValidator(1000)])
 
     objects = ByName()
+    notices: Sequence[Notice] = ()  # of the last save: where the filter is not exact
 
     class Meta(Named.Meta):
         abstract = False

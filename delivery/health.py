@@ -37,12 +37,13 @@ def consumers(now: datetime) -> list[Judged]:
     """`ok`, `paused`, `disabled` or `degraded`."""
     rows = _fetch(
         "SELECT c.name, c.status, c.status_reason, c.max_parked, p.parked_count, p.dead_count, h.first_id, h.last_error,"
-        " p.dropped_count, w.committed_at, sequin_backlog_bytes(p.position), c.max_backlog_bytes"
+        " p.dropped_count, w.committed_at, sequin_backlog_bytes(p.position), c.max_backlog_bytes, coalesce(h.held, 0)"
         " FROM consumers_consumer c LEFT JOIN consumer_position p ON p.consumer = c.id LEFT JOIN LATERAL ("
         " SELECT committed_at FROM messages m WHERE m.source = p.source AND m.id > p.position ORDER BY m.id LIMIT 1) w ON true"
         " LEFT JOIN LATERAL ("
-        " SELECT first_id, last_error FROM parked x WHERE x.consumer = c.id AND x.last_error IS NOT NULL"
-        " AND p.parked_count + p.dead_count > 0 ORDER BY first_id LIMIT 1) h ON true ORDER BY c.name"
+        " SELECT first_id, last_error, count(*) FILTER (WHERE not_before = 'infinity') OVER () AS held FROM parked x"
+        " WHERE x.consumer = c.id AND x.last_error IS NOT NULL AND p.parked_count + p.dead_count > 0 ORDER BY first_id LIMIT 1) h ON true"
+        " ORDER BY c.name"
     )
     return [_judge_consumer(now, settings.SEQUIN_RETENTION, *row) for row in rows]
 
@@ -74,6 +75,7 @@ def _judge_source(
 def _judge_consumer(
     now: datetime, retention: timedelta, name: str, configured: str, why: str, max_parked: int, parked: int | None, dead: int | None,
     first_id: int | None, error: str | None, dropped: int | None, waiting_since: datetime | None, held: int | None, limit: int | None,
+    unfit: int,
 ) -> Judged:  # fmt: skip
     if configured == "disabled":
         return Judged(name, configured, [])
@@ -91,6 +93,8 @@ def _judge_consumer(
         reasons.append(f"takes no more: {parked} messages wait behind failing ones, first of them message {first_id}")
     elif parked:
         reasons.append(f"{parked} messages are parked" + (f", the first because: {error}" if error else ""))
+    if unfit:
+        reasons.append(f"{unfit} of them are held until its filter is saved anew: it does not fit their table")
     if dead:
         reasons.append(f"{dead} dead letters")
     return Judged(name, "degraded" if reasons else "ok", reasons)

@@ -85,6 +85,10 @@ class ConfigurationView(APIView):
     def thing(self, name: str) -> Any:
         return find(self.model, name)
 
+    def answer(self, thing: Any) -> dict[str, Any]:
+        """What is answered of a thing that was saved."""
+        return dict(self.shape(thing).data)
+
 
 class ListView(ConfigurationView):
     def get(self, request: Request) -> Response:
@@ -96,7 +100,7 @@ class ListView(ConfigurationView):
         thing = self.model()
         assign(thing, given)
         save(thing)
-        return Response(self.shape(thing).data, status=201)
+        return Response(self.answer(thing), status=201)
 
 
 class DetailView(ConfigurationView):
@@ -107,7 +111,7 @@ class DetailView(ConfigurationView):
         thing = self.thing(name)
         assign(thing, typed(self.shape(thing, data=read_object(request), partial=True)))
         save(thing)
-        return Response(self.shape(thing).data)
+        return Response(self.answer(thing))
 
     def delete(self, request: Request, name: str) -> Response:
         thing = self.thing(name)
@@ -190,6 +194,9 @@ class ConsumersView(ConsumerKind, ListView):
             raise PermissionDenied("the token reaches only some consumers; making one needs a token that reaches all")
         return super().post(request)
 
+    def answer(self, thing: Consumer) -> dict[str, Any]:
+        return {**super().answer(thing), "notices": noticed(thing)}
+
 
 @extend_schema(request=ConsumerShape, responses=ConsumerShape, methods=["GET", "PATCH"])
 @extend_schema(
@@ -197,18 +204,21 @@ class ConsumersView(ConsumerKind, ListView):
     responses={204: None}, methods=["DELETE"],
 )  # fmt: skip
 class ConsumerView(ConsumerKind, DetailView):
-    """Answers carry `backlog`: how many messages an edit applies to."""
+    """Answers carry `backlog`, how many messages an edit applies to, and `notices`, where a filter is not exact."""
 
     def get(self, request: Request, name: str) -> Response:
         return with_backlog(self.thing(name))
 
-    def patch(self, request: Request, name: str) -> Response:
-        answer = super().patch(request, name)
-        answer.data["backlog"] = lifecycle.backlog(self.thing(answer.data["id"]).pk)._asdict()
-        return answer
+    def answer(self, thing: Consumer) -> dict[str, Any]:
+        return {**super().answer(thing), "backlog": lifecycle.backlog(thing.pk)._asdict(), "notices": noticed(thing)}
 
     def remove(self, thing: Consumer, given: Mapping[str, str]) -> None:
         changes.delete(thing, discard=flag(given, "discard"))
+
+
+def noticed(consumer: Consumer) -> list[dict[str, str]]:
+    """What somebody who saved a filter should know, each with the SQL that mends it."""
+    return [notice._asdict() for notice in consumer.notices]
 
 
 def with_backlog(consumer: Consumer) -> Response:

@@ -143,3 +143,18 @@ def test_filters_run_under_a_role_that_can_only_read_messages(shop: Shop) -> Non
         for statement in ("SELECT * FROM public.consumers_source", "DELETE FROM public.messages", "CREATE TABLE public.x (n int)", "SELECT pg_read_file('/etc/passwd')"):
             with pytest.raises(Exception, match="permission denied|read-only"):
                 cursor.execute(statement)
+
+
+def test_the_api_answers_with_what_is_not_exact(shop: Shop) -> None:  # noqa: F811
+    from tests.api.test_management import Api
+
+    shop.execute("CREATE TABLE orders (id int PRIMARY KEY, status text)")
+    api = Api("manage")
+    body = {"name": "c", "source": "shop", "kind": "pull", "tables": ["public.orders"], "where": "old.status = 'x'"}
+    status, answer = api("POST", "consumers", body)
+    assert status == 201 and answer["notices"][0]["sql"] == 'ALTER TABLE "public"."orders" REPLICA IDENTITY FULL;', answer
+    status, answer = api("PATCH", "consumers/c", {"where": "id = 1", "actions": ["insert"]})
+    assert status == 200 and answer["notices"] == [] and answer["where"] == "id = 1"
+    status, answer = api("PATCH", "consumers/c", {"where": "id = "})
+    assert status == 422 and "ends too early" in answer["validation_errors"]["where"][0]
+    assert api("PATCH", "consumers/c", {"where": None})[1]["where"] is None

@@ -7,6 +7,7 @@ console and API, and loading twice changes nothing.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from argparse import ArgumentParser
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ MODELS: dict[str, type[Source] | type[HttpEndpoint] | type[Consumer]] = {
     "consumers.consumer": Consumer,
 }
 LATER = {"consumers.backfill": "backfills are not available in this version"}
+log = logging.getLogger(__name__)
+
 FIXTURE_DIR = "fixtures"
 
 
@@ -165,6 +168,8 @@ def _load(entry: Any, prepared: dict[Any, Prepared]) -> str:
     if not _assign(model, thing, fields, created):
         return "unchanged"
     changes.save(thing, prepared.get(thing.name, (None, None))[1] if isinstance(thing, Source) else None)
+    for notice in getattr(thing, "notices", ()):
+        log.warning("%s: %s%s", thing.name, notice.text, f" – {notice.sql}" if notice.sql else "")
     return "created" if created else "changed"
 
 
