@@ -12,13 +12,13 @@ from django.core.exceptions import ValidationError
 from django.db import transaction
 
 from consumers.models import Consumer, HttpEndpoint, Source
+from consumers.publishing import demand_publication, publish_tables
 from consumers.source_connection import SourceUnreachable, reason_of
 from consumers.source_setup import (
     Prepared,
     SetupRefused,
     drop_slot,
     prepare_source,
-    publish_tables,
     renew_slot,
     source_position,
 )
@@ -102,10 +102,15 @@ def recover(source: Source) -> None:
 
     What was missed in between shows as a gap. Raises ValidationError.
     """
+    tables = sorted({table for consumer in source.consumers.all() for table in consumer.tables})
     try:
-        renew_slot(source)
+        demand_publication(source, tables)
+        renew_slot(source, unreadable=lifecycle.source_state(source.pk) == "slot_lost")
         made = prepare_source(source)
-        tables = sorted({table for consumer in source.consumers.all() for table in consumer.tables})
+        if made.publication_created and not made.slot_created:
+            # What was written while there was no publication cannot be decoded (Postgres 17 and older), or was skipped.
+            renew_slot(source, unreadable=True)
+            made = made._replace(slot_created=prepare_source(source).slot_created)
         source.publication_created = source.publication_created or made.publication_created
         source.slot_created = source.slot_created or made.slot_created
         if made.publication_created:
@@ -165,6 +170,8 @@ def _publish(consumer: Consumer) -> None:
         raise ValidationError({"source": f"{error}"}) from None
     except SetupRefused as error:
         raise ValidationError({error.field: error.reason}) from None
+    except psycopg.Error as error:
+        raise ValidationError({"tables": reason_of(error, consumer.source)}) from None
 
 
 def _position(source: Source) -> int:

@@ -160,6 +160,12 @@ def set_source_status(
     )
 
 
+def source_state(source_id: UUID) -> str | None:
+    """What `set_source_status` was last told."""
+    rows = _fetch("SELECT state FROM source_status WHERE source = %s", [source_id])
+    return rows[0][0] if rows else None
+
+
 def gap(source_id: UUID) -> str | None:
     """What may be missing from the source's log, while nobody has acknowledged it."""
     rows = _fetch("SELECT gap FROM capture_progress WHERE source = %s", [source_id])

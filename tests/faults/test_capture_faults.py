@@ -129,7 +129,7 @@ def test_f11_the_network_resets(scene: Scene, forked: Any, long_run: bool) -> No
 
 def test_f12_the_network_swallows_everything(scene: Scene, forked: Any, long_run: bool) -> None:
     limits = {} if long_run else {
-        "capture.stream.ASK_AFTER_S": 0.5, "capture.stream.DEAD_AFTER_S": 1.0, "capture.reader.LOOK_WITHIN_S": 1.5,
+        "capture.stream.ASK_AFTER_S": 0.5, "capture.stream.DEAD_AFTER_S": 1.0, "capture.surroundings.LOOK_WITHIN_S": 1.5,
         "capture.stream.ANSWER_WITHIN_S": 1.5, "consumers.source_connection.CONNECT_TIMEOUT_S": 2,
     }  # fmt: skip
     forked(scene.source, **limits)
