@@ -64,7 +64,7 @@ class Tables(dict[int, Table]):
             self._tell_changes(before, shape)
         is_key = [column.is_key for column in relation.columns]
         encoder = RowEncoder(
-            names, [kind for kind, _ in kinds], key, is_key, codec=self._codec,
+            names, [kind for kind, _ in kinds], key, is_key, codec=self._codec, most_bytes=MAX_ROW_BYTES,
             on_large=lambda left_out: self._tell_large(relation.oid, left_out),
         )  # fmt: skip
         self._said = {(oid, what) for oid, what in self._said if oid != relation.oid}

@@ -140,6 +140,16 @@ def _save_source(source: Source, made: Prepared | None) -> None:
         source.slot_created = made.slot_created or kept_slot
         source.publication_created = made.publication_created or kept_publication
     source.save()
+    if before is not None and before.slot_created and _slot_of(before) != _slot_of(source):
+        lifecycle.note_source(
+            source.pk, "slot_left",
+            f"the slot {before.slot_name} stays behind on {before.host}:{before.port} and keeps WAL there until it is dropped:"
+            f" SELECT pg_drop_replication_slot('{before.slot_name}')",
+        )  # fmt: skip
+
+
+def _slot_of(source: Source) -> tuple[str, int, str, str]:
+    return source.host, source.port, source.database, source.slot_name
 
 
 def _save_consumer(consumer: Consumer) -> None:

@@ -17,11 +17,11 @@ from uuid import UUID
 import psycopg
 
 from consumers.store.connection import held_connection
+from consumers.store.events import add_event
 from consumers.store.partitions import SEQUENCE_LOCK, ensure_ahead
 from consumers.store.types import ColumnShape, LogRow, Progress, Proof, RelationShape
 
 SOURCE_LOCK_CLASS = 0x5E9  # advisory: one reader per source
-EVENTS_KEPT = 1_000  # for each source
 CHECK_ROOM_EVERY = 100_000  # ids; far below partitions.AHEAD_IDS
 
 _COPY_SQL = (
@@ -125,15 +125,7 @@ class Appender:
 
     def note(self, kind: str, table: str | None, text: str, *, backfill: bool = False) -> None:
         """Tell people what happened to the source, or to a table of it."""
-        self._conn.execute(
-            "INSERT INTO source_events (source, kind, table_name, text, backfill) VALUES (%s, %s, %s, %s, %s)",
-            [self.source_id, kind, table, text[:2000], backfill],
-        )
-        self._conn.execute(
-            "DELETE FROM source_events WHERE source = %(source)s AND id <= (SELECT id FROM source_events WHERE source = %(source)s"
-            " ORDER BY id DESC OFFSET %(keep)s LIMIT 1)",
-            {"source": self.source_id, "keep": EVENTS_KEPT},
-        )
+        add_event(self._conn.execute, self.source_id, kind, table, text, backfill=backfill)
 
     def known_tables(self) -> dict[str, list[int]] | None:
         """What `remember_tables` was last told."""
