@@ -14,6 +14,8 @@ from capture.pgoutput import UNCHANGED, Unchanged, Value
 
 Converter = Callable[[bytes], bytes]
 NULL = b"null"
+MAX_ROW_BYTES = 512 * 1024 * 1024  # of JSON: the store takes less than 1 GB in one row, and several copies are in memory
+MOST_GROWTH = 6  # one byte, a control character, becomes six
 
 
 class ArrayOf(NamedTuple):
@@ -164,12 +166,15 @@ class RowEncoder:
 
     def __init__(
         self, names: Sequence[str], kinds: Sequence[Kind], primary_key: Sequence[str], identity: Sequence[bool],
-        *, codec: str | None = None,
+        *, codec: str | None = None, most_bytes: int = MAX_ROW_BYTES, on_large: Callable[[list[str]], None] = lambda names: None,
     ) -> None:  # fmt: skip
         """`identity` says for each column whether pgoutput sends it with a delete's or update's key.
 
-        `codec`: reads texts that the server does not convert to UTF-8.
+        `codec`: reads texts that the server does not convert to UTF-8. A row of more than `most_bytes` is encoded without its
+        largest values, as if these had not been sent; `on_large` hears which columns that were.
         """
+        self._most_bytes, self._on_large = most_bytes, on_large
+        self._column_names = list(names)
         converters = CONVERTERS if codec is None else unconverted(codec)
         self._text = converters["text"]
         self._names = [encode_basestring(name).encode() + b":" for name in names]
@@ -183,6 +188,8 @@ class RowEncoder:
 
     def insert(self, new: Sequence[Value]) -> EncodedRow:
         record, unchanged = self._record(new)
+        if len(record) > self._most_bytes:
+            return self.insert(*self._without_largest(new))
         return EncodedRow(record, None, self.key(new), None, unchanged, True)
 
     def update(self, old_kind: str, old: Sequence[Value], new: Sequence[Value]) -> EncodedRow:
@@ -193,8 +200,10 @@ class RowEncoder:
             new = [old[i] if now is UNCHANGED and i in known else now for i, now in enumerate(new)]
         record, unchanged = self._record(new)
         key = self.key(new)
-        if not old_kind:
+        if not old_kind and len(record) <= self._most_bytes:
             return EncodedRow(record, b"{}", key, None, unchanged, False)
+        if not old_kind:
+            return self.update("", old, *self._without_largest(new))
         old_key = self._old_key(old_kind, old, new)
         columns = range(len(old)) if old_kind == "O" else self._identity
         changes = [
@@ -202,6 +211,8 @@ class RowEncoder:
             for i in columns
             if old[i] != new[i] and new[i] is not UNCHANGED and old[i] is not UNCHANGED
         ]
+        if len(record) + sum(map(len, changes)) > self._most_bytes:
+            return self.update(old_kind, *self._without_largest(old, new))
         return EncodedRow(
             record, b"{" + b",".join(changes) + b"}", key, None if old_key == key else old_key, unchanged, old_kind == "O"
         )
@@ -209,6 +220,8 @@ class RowEncoder:
     def delete(self, old_kind: str, old: Sequence[Value]) -> EncodedRow:
         if old_kind == "O":
             record, unchanged = self._record(old)
+            if len(record) > self._most_bytes:
+                return self.delete(old_kind, *self._without_largest(old))
         else:
             record = b"{" + b",".join(self._names[i] + self._value(i, old[i]) for i in self._identity) + b"}"
             unchanged = None
@@ -251,3 +264,16 @@ class RowEncoder:
         missing = [self._plain_names[i] for i, value in enumerate(row) if value is UNCHANGED]
         record = b"{" + b",".join(self._names[i] + self._value(i, row[i]) for i in sent) + b"}"
         return record, b"[" + b",".join(missing) + b"]"
+
+    def _without_largest(self, *rows: Sequence[Value]) -> list[list[Value]]:
+        """The rows without the values of as many columns, the largest first, as make the rest fit whatever it holds."""
+        sizes = [sum(len(value) for value in column if isinstance(value, bytes)) for column in zip(*rows, strict=True)]
+        left_out: set[int] = set()
+        total = sum(sizes)
+        for size, i in sorted(((size, i) for i, size in enumerate(sizes)), reverse=True):
+            if total * MOST_GROWTH <= self._most_bytes:
+                break
+            left_out.add(i)
+            total -= size
+        self._on_large([self._column_names[i] for i in sorted(left_out)])
+        return [[UNCHANGED if i in left_out else value for i, value in enumerate(row)] for row in rows]

@@ -2,7 +2,8 @@
 
 LSNs compare within one history only: a server's system identifier and timeline name it. After a failover, a restore or a
 slot made anew the next changes get an epoch of their own, so that none is taken for one that is stored already, and what
-may be missing is said.
+may be missing is said. A copy of the server that was put back in its place has the same name and may have grown past our position:
+there the proof tells, the newest stored transaction, which a server of the same history sends again (`proof_of`).
 """
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from capture.lsn import format_lsn, parse_lsn
-from consumers.store.types import Progress
+from consumers.store.types import Progress, Proof
 
 
 class Switch(NamedTuple):
@@ -42,8 +43,12 @@ class Decision(NamedTuple):
     """What may be missing from the log, or wrong in it; None when nothing is."""
 
 
-def decide(before: Progress | None, server: Server) -> Decision:
-    """Where to go on, and what is to be said about it."""
+def decide(before: Progress | None, server: Server, *, newest_lsn: int = 0, same_server: bool = False) -> Decision:
+    """Where to go on, and what is to be said about it.
+
+    `newest_lsn`: of the newest commit that the log has something of, 0 when there is nothing yet.
+    `same_server`: all that is stored came from this very server, which was promoted while it was read.
+    """
     if before is None:
         return Decision(_begin(1, server, server.confirmed_lsn))
     if before.system_identifier != server.system_identifier:
@@ -53,8 +58,8 @@ def decide(before: Progress | None, server: Server) -> Decision:
             " between the two may be missing",
         )
     if before.timeline != server.timeline:
-        return _after_failover(before, server)
-    if server.wal_lsn < before.reached_lsn and not server.in_recovery:
+        return _after_failover(before, server, newest_lsn, same_server)
+    if server.wal_lsn < max(before.reached_lsn, before.part_lsn) and not server.in_recovery:
         return Decision(
             _begin(before.epoch + 1, server, server.confirmed_lsn),
             f"the server went back to {format_lsn(server.wal_lsn)}, although the log reaches {format_lsn(before.reached_lsn)}: it"
@@ -65,29 +70,44 @@ def decide(before: Progress | None, server: Server) -> Decision:
     return Decision(before)
 
 
-def _after_failover(before: Progress, server: Server) -> Decision:
-    switch = next((one.lsn for one in server.ancestors if one.timeline == before.timeline), None)
+def proof_of(proof: Proof | None, server: Server, publication: str) -> Proof | None:
+    """The proof to ask of the server: None when there is none, or the slot has heard of it already, which proves it too."""
+    if proof is None or proof.publication != publication or server.confirmed_lsn > proof.lsn:
+        return None
+    return proof
+
+
+def diverged(before: Progress, server: Server, proof: Proof) -> Decision:
+    """The server did not send the proof again: its WAL is not the one that was read."""
+    return Decision(
+        _begin(before.epoch + 1, server, server.confirmed_lsn),
+        f"the server does not have the transaction at {format_lsn(proof.lsn)} that the log has: it was put back from a copy, and what"
+        f" the log has from after {format_lsn(server.confirmed_lsn)} may not exist there any more. Read again from there",
+    )
+
+
+def _after_failover(before: Progress, server: Server, newest_lsn: int, same_server: bool) -> Decision:
     change = f"timeline {before.timeline} became {server.timeline}"
-    if switch is None:
+    fork = next((one.lsn for one in server.ancestors if one.timeline == before.timeline), None)
+    if fork is None and not same_server:
         return Decision(
             _begin(before.epoch + 1, server, server.confirmed_lsn),
             f"the server's history is another one ({change}, which does not descend from it): changes may be missing",
         )
-    if before.reached_lsn <= switch:
-        # All that is stored was before the fork: the new timeline goes on where the log ends.
-        gap = None
-        after = before._replace(epoch=before.epoch + 1, timeline=server.timeline)
-        if server.confirmed_lsn > before.reached_lsn:
-            gap = f"{change}; {_missing(before.reached_lsn, server.confirmed_lsn)}"
-            after = _begin(before.epoch + 1, server, server.confirmed_lsn)
-        return Decision(after, gap)
-    gap = (
-        f"failover to a server that was behind ({change} at {format_lsn(switch)}): what the log has between {format_lsn(switch)} and"
-        f" {format_lsn(before.reached_lsn)} may not exist there"
-    )
-    if server.confirmed_lsn > switch:
-        gap += f"; {_missing(switch, server.confirmed_lsn)}"
-    return Decision(_begin(before.epoch + 1, server, max(switch, server.confirmed_lsn)), gap)
+    # Beyond the fork the old timeline's WAL means nothing; before it, all that was reached is the same on both.
+    start = before.reached_lsn if fork is None or same_server else min(before.reached_lsn, fork)
+    gap = []
+    if fork is not None and not same_server and newest_lsn >= fork:
+        gap.append(
+            f"failover to a server that was behind ({change} at {format_lsn(fork)}): what the log has between {format_lsn(fork)} and"
+            f" {format_lsn(max(newest_lsn, before.reached_lsn))} may not exist there"
+        )
+    if server.confirmed_lsn > start:
+        gap.append((f"{change}; " if not gap else "") + _missing(start, server.confirmed_lsn))
+    if gap:
+        return Decision(_begin(before.epoch + 1, server, max(start, server.confirmed_lsn)), "; ".join(gap))
+    stored = min(before.stored_lsn, start)
+    return Decision(before._replace(epoch=before.epoch + 1, timeline=server.timeline, stored_lsn=stored, reached_lsn=start))
 
 
 def _begin(epoch: int, server: Server, lsn: int) -> Progress:

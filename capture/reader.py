@@ -11,23 +11,24 @@ import logging
 import struct
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import psycopg
 
-from capture import history, pgoutput, surroundings
+from capture import history, membership, pgoutput, surroundings
 from capture.catalog import Catalog
-from capture.encoder import EncodedRow, RowEncoder
-from capture.encodings import SQL_ASCII, UTF8, codec_of, with_readable_names
+from capture.encoder import EncodedRow
+from capture.encodings import SQL_ASCII, UTF8, codec_of
 from capture.lsn import format_lsn, widen_xid
 from capture.pgoutput import decode_tuple
-from capture.shapes import differences
-from capture.stream import ReplicationStream, SlotActive, Untranslatable
+from capture.stream import ReplicationStream, SlotActive, StreamEnded, Untranslatable
 from capture.surroundings import Slot
+from capture.tables import Table, Tables
 from consumers.models import Source
+from consumers.preflight_tables import unmet
 from consumers.source_connection import APPLICATION_NAME, conninfo, connect, cut_after
 from consumers.store.appender import Appender
-from consumers.store.types import ColumnShape, LogRow, Progress, RelationShape
+from consumers.store.types import LogRow, Progress, Proof
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +39,8 @@ IDLE_WAIT_S = 0.5
 REACH_EVERY_S = 1.0
 LOOK_EVERY_S = 10.0
 LOOK_AT_TABLES_EVERY_S = 60.0
-LOOK_WITHIN_S = 15.0  # longer than the control connection's statements may take when the server is well
 OPEN_TABLE = struct.Struct("!I").unpack_from
-INSERT, UPDATE, DELETE, BEGIN, COMMIT, RELATION, TRUNCATE, MESSAGE = b"IUDBCRTM"
+INSERT, UPDATE, DELETE, BEGIN, COMMIT, RELATION, TRUNCATE, MESSAGE, TYPE = b"IUDBCRTMY"
 ANNOTATE = "sequin:transaction_annotations."
 
 
@@ -48,13 +48,12 @@ class NoRoom(Exception):
     """The store has no room: what was read is neither stored nor confirmed, and read again later."""
 
 
-class Table(NamedTuple):
-    """A relation version as the reader uses it."""
+class Promoted(StreamEnded):
+    """The standby that is read became a primary: its timeline is another one from here on."""
 
-    version: int
-    oid: int
-    encoder: RowEncoder
-    name: str
+
+class Diverged(StreamEnded):
+    """The server does not send again what the log has from it: its history is another one."""
 
 
 class Reader:
@@ -80,7 +79,6 @@ class Reader:
         self._report = report
         self._alive = alive
         self._shortage = shortage
-        self._tables: dict[int, Table] = {}
         self._rows: list[LogRow] = []
         self._row_bytes = 0
         self._begin: pgoutput.Begin | None = None
@@ -93,43 +91,60 @@ class Reader:
         self._annotations: bytes | None = None  # of the transaction, from here on
         self._tables_at = 0.0
         self._looked_lsn = 0
-        self._keyless: set[int] = set()  # oids of tables whose key was not sent, and it was said
+        self._proof: Proof | None = None  # still to be seen before anything is confirmed
+        self._in_recovery = False
+        self._unmet: tuple[str, ...] = ()  # what consumers ask for and do not get
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """How far the log reaches: where a failure that comes again is at the same place."""
+        return self._progress.stored_lsn, self._progress.part_changes
 
     def run(self) -> None:
         """Raises SlotUnusable, NoRoom, SlotActive and StreamEnded, SourceUnreachable, ProgressMoved and psycopg's errors."""
         with connect(self.source) as control:
             self._encoding = surroundings.encoding(control)
-            self._catalog = Catalog(control, self._encoding)
+            self._catalog = Catalog(control, self._encoding, self.source.publication_name)
+            converted = self._encoding != SQL_ASCII
             try:
-                self._run(control, converted=self._encoding != SQL_ASCII)
+                self._run(control, converted=converted)
             except Untranslatable as error:
                 if self._encoding in (UTF8, SQL_ASCII):
                     raise
                 self._tell_untranslatable(error)
                 self._run(control, converted=False)
+            except Promoted:
+                self._run(control, converted=converted, same_server=True)
 
-    def _run(self, control: psycopg.Connection[Any], *, converted: bool) -> None:
-        """`converted`: the server makes UTF-8 of everything. If not, texts come in the database's encoding."""
+    def _run(self, control: psycopg.Connection[Any], *, converted: bool, same_server: bool = False) -> None:
+        """`converted`: the server makes UTF-8 of everything. If not, texts come in the database's encoding.
+
+        `same_server`: it was promoted while we read it.
+        """
         # A reader killed a moment ago may still have its process on the server: it is known by this name.
         name = f"{APPLICATION_NAME} {self.source.pk}"
-        self._codec = None if converted else codec_of(self._encoding)
-        self._tables, self._begin, self._index = {}, None, 0
+        self._tables = Tables(self.source.name, self._appender, self._catalog, None if converted else codec_of(self._encoding))
+        self._begin, self._index = None, 0
         slot = self._look(control)
+        self._in_recovery = slot.in_recovery
         with ReplicationStream(conninfo(self.source, replication=True, application_name=name, encoded=converted)) as stream:
-            self._progress = self._open_history(slot, stream)
+            server, self._progress = self._open_history(slot, stream, same_server)
             self._done_lsn = self._progress.stored_lsn
+            start = self._progress.reached_lsn if self._proof is None else min(self._progress.reached_lsn, self._proof.lsn)
             try:
-                stream.start(self.source.slot_name, self.source.publication_name, self._progress.reached_lsn)
+                stream.start(self.source.slot_name, self.source.publication_name, start, proven=self._proof is None)
             except SlotActive as error:
                 surroundings.end_own_sender(control, error.pid, name)
                 raise
-            log.info(
-                "reading source=%s slot=%s from=%s", self.source.name, self.source.slot_name,
-                format_lsn(self._progress.reached_lsn),
-            )  # fmt: skip
-            self._report(slot)
+            log.info("reading source=%s slot=%s from=%s", self.source.name, self.source.slot_name, format_lsn(start))
             self._look_at_tables(control)
-            self._read(stream, control)
+            self._tell(slot)
+            try:
+                self._read(stream, control)
+            except Diverged:
+                assert self._proof is not None
+                self._begin_history(history.diverged(self._progress, server, self._proof))
+                raise
 
     def _read(self, stream: ReplicationStream, control: psycopg.Connection[Any]) -> None:
         looked_at = time.monotonic()
@@ -147,9 +162,11 @@ class Reader:
             if time.monotonic() - looked_at >= LOOK_EVERY_S:
                 looked_at = time.monotonic()
                 slot = self._look(control)
-                self._report(slot)
+                if self._in_recovery and not slot.in_recovery:
+                    raise Promoted("the standby was promoted")
                 self._beat_on_source(control, slot)
                 self._look_at_tables(control)
+                self._tell(slot)
 
     # Storing and confirming -------------------------------------------------------------------------------------
 
@@ -160,13 +177,16 @@ class Reader:
         if reason := self._shortage():
             raise NoRoom(reason)
         after = self._moved(self._progress)
+        newest = self._rows[-1]
+        proof = Proof(newest.commit_lsn, newest.xid, newest.committed_us, self.source.publication_name)
         with stream.kept_alive():
-            self._appender.append(self._rows, self._progress, after)
+            self._appender.append(self._rows, self._progress, after, proof)
         self._progress = after
         self._rows = []
         self._row_bytes = 0
         self._reached_at = time.monotonic()
-        stream.confirm(after.reached_lsn)
+        if self._proof is None:
+            stream.confirm(after.reached_lsn)
         stream.send_status_by_clock(0.1)
         self._appender.notify()
 
@@ -185,6 +205,10 @@ class Reader:
     def _reach(self, stream: ReplicationStream) -> None:
         """Between transactions, everything the server has sent is stored: say so, and let it drop its WAL."""
         now = time.monotonic()
+        if self._proof is not None:
+            if self._begin is None and stream.wal_end > self._proof.lsn:
+                raise Diverged(f"the server did not send the transaction at {format_lsn(self._proof.lsn)} again")
+            return
         if self._begin is not None or now - self._reached_at < REACH_EVERY_S:
             return
         reached = max(stream.wal_end, self._done_lsn)
@@ -208,11 +232,7 @@ class Reader:
             if self._wanted():
                 update = pgoutput.decode(data)
                 assert isinstance(update, pgoutput.Update)
-                table = self._tables[update.oid]
-                row = table.encoder.update(update.old_kind, update.old, update.new)
-                if row.unchanged is not None and table.encoder.lacks_key(row):
-                    self._tell_missing_key(table)
-                self._add(b"U", table, row)
+                self._update(self._tables[update.oid], update)
         elif tag == DELETE:
             if self._wanted():
                 delete = pgoutput.decode(data)
@@ -231,7 +251,7 @@ class Reader:
         elif tag == RELATION:
             relation = pgoutput.decode(data)
             assert isinstance(relation, pgoutput.Relation)
-            self._tables[relation.oid] = self._table(relation)
+            self._tables.register(relation, self._progress.epoch, known=self._skip > self._index)
         elif tag == TRUNCATE:
             self._truncate(data)
         elif tag == MESSAGE:
@@ -239,7 +259,11 @@ class Reader:
             assert isinstance(message, pgoutput.LogicalMessage)
             if message.transactional and message.prefix.startswith(ANNOTATE):
                 self._annotate(message)
-        # O and Y say nothing that the log keeps: types come from the catalog.
+        elif tag == TYPE:
+            announced = pgoutput.decode(data)
+            assert isinstance(announced, pgoutput.Type)
+            self._tables.announce_type(announced)
+        # O says nothing that the log keeps.
 
     def _annotate(self, message: pgoutput.LogicalMessage) -> None:
         """`set` gives what follows in the transaction its annotations, `clear` takes them away."""
@@ -263,15 +287,33 @@ class Reader:
         self._index = 0
         self._skip = 0
         self._annotations = None
+        if self._proof is not None and begin.final_lsn >= self._proof.lsn:
+            self._prove(self._proof, begin)
         if begin.final_lsn < self._progress.stored_lsn:
             self._skip = 1 << 62  # stored completely; sent again after a reconnect
         elif begin.final_lsn == self._progress.part_lsn:
             self._skip = self._progress.part_changes
 
+    def _prove(self, proof: Proof, begin: pgoutput.Begin) -> None:
+        """The first transaction that comes has to be the newest one of the log: else this WAL is not the one we read."""
+        if (begin.final_lsn, begin.xid, begin.committed_us) != (proof.lsn, proof.xid & 0xFFFFFFFF, proof.committed_us):
+            raise Diverged(f"the server sent another transaction than the one at {format_lsn(proof.lsn)} again")
+        self._proof = None
+
     def _wanted(self) -> bool:
         """Count the change; false when it is stored already."""
         self._index += 1
         return self._index > self._skip
+
+    def _update(self, table: Table, update: pgoutput.Update) -> None:
+        row = table.encoder.update(update.old_kind, update.old, update.new)
+        if row.unchanged is not None and table.encoder.lacks_key(row):
+            self._tables.tell_once(
+                table, "key_not_sent",
+                "its primary key holds values so large that the server does not send them with updates: such messages have null in"
+                f" record_pks. Run on the source: ALTER TABLE {table.name} REPLICA IDENTITY FULL",
+            )  # fmt: skip
+        self._add(b"U", table, row)
 
     def _add(self, action: bytes, table: Table, row: EncodedRow) -> None:
         begin = self._begin
@@ -292,62 +334,7 @@ class Reader:
             if self._wanted():
                 self._add(b"T", self._tables[oid], EncodedRow(b"{}", None, b"[]", None, None, True))
 
-    def _table(self, relation: pgoutput.Relation) -> Table:
-        """Register the relation version and make its encoder."""
-        relation = with_readable_names(relation, self._codec or "utf-8")
-        with cut_after(self._catalog.descriptor, LOOK_WITHIN_S):
-            primary_key = self._catalog.primary_key(relation)
-            kinds = [self._catalog.kind(column.type_oid) for column in relation.columns]
-            values = [self._catalog.value_types.of(column.type_oid, column.typmod) for column in relation.columns]
-        shape = RelationShape(
-            relation.oid,
-            relation.schema,
-            relation.table,
-            tuple(
-                ColumnShape(column.name, column.type_oid, column.typmod, name, *value)
-                for column, (_, name), value in zip(relation.columns, kinds, values, strict=True)
-            ),
-            primary_key,
-            relation.replica_identity,
-        )
-        self._tell_changes(shape)
-        encoder = RowEncoder(
-            [column.name for column in relation.columns],
-            [kind for kind, _ in kinds],
-            primary_key,
-            [column.is_key for column in relation.columns],
-            codec=self._codec,
-        )
-        self._keyless.discard(relation.oid)
-        version = self._appender.register_relation(self._progress.epoch, shape)
-        return Table(version, relation.oid, encoder, f"{shape.schema}.{shape.table}")
-
-    def _tell_changes(self, shape: RelationShape) -> None:
-        """Say what happened to the table since its last change was stored."""
-        if self._skip > self._index:
-            return  # sent again after a reconnect: said already
-        before = self._appender.last_shape(shape.schema, shape.table)
-        if before is None or before == shape:
-            return
-        with cut_after(self._catalog.descriptor, LOOK_WITHIN_S):
-            filled = self._catalog.filled_columns(shape.oid)
-        table = f"{shape.schema}.{shape.table}"
-        for change in differences(before, shape, filled):
-            log.warning("table changed source=%s table=%s: %s", self.source.name, table, change.text)
-            self._appender.note(change.kind, table, change.text, backfill=change.backfill)
-
     # The slot and its surroundings --------------------------------------------------------------------------------
-
-    def _tell_missing_key(self, table: Table) -> None:
-        """Once for each shape of a table: the key is too large to be sent with every update. It is never guessed."""
-        if table.oid in self._keyless:
-            return
-        self._keyless.add(table.oid)
-        self._appender.note(
-            "key_not_sent", table.name,
-            "its primary key holds values so large that the server does not send them with updates: such messages have null in"
-            f" record_pks. Run on the source: ALTER TABLE {table.name} REPLICA IDENTITY FULL",
-        )  # fmt: skip
 
     def _tell_untranslatable(self, error: Untranslatable) -> None:
         log.warning("reading unconverted source=%s: %s", self.source.name, error)
@@ -358,7 +345,7 @@ class Reader:
 
     def _look(self, control: psycopg.Connection[Any]) -> Slot:
         """Read the slot's state. Raises SlotUnusable."""
-        with cut_after(control.fileno(), LOOK_WITHIN_S):
+        with cut_after(control.fileno(), surroundings.LOOK_WITHIN_S):
             slot = surroundings.look_at_slot(control, self.source)
         self._near_xid = slot.next_xid
         return slot
@@ -369,37 +356,52 @@ class Reader:
         if self._tables_at and now - self._tables_at < LOOK_AT_TABLES_EVERY_S:
             return
         self._tables_at = now
-        with cut_after(control.fileno(), LOOK_WITHIN_S):
-            tables = surroundings.look_at_tables(control, self.source.publication_name, self._encoding)
-        before = self._appender.known_tables()
-        for event in surroundings.membership_changes(before, tables):
-            log.warning("publication changed source=%s table=%s: %s", self.source.name, event.table, event.text)
-            self._appender.note(event.kind, event.table, event.text, backfill=event.backfill)
-        self._appender.remember_tables(tables.as_json())
+        before = membership.from_json(self._appender.known_tables())
+        with cut_after(control.fileno(), surroundings.LOOK_WITHIN_S):
+            seen = surroundings.look_at_tables(control, self.source.publication_name, self._encoding, before)
+            self._unmet = tuple(unmet(control, self.source))
+        for told in membership.happened(before, seen):
+            log.warning("publication changed source=%s table=%s: %s", self.source.name, told.table, told.text)
+            if told.gap:
+                self._appender.note_gap(told.text)
+            else:
+                self._appender.note(told.kind, told.table, told.text, backfill=told.backfill)
+        self._appender.remember_tables(seen.as_json())
+
+    def _tell(self, slot: Slot) -> None:
+        """Report the slot's state, and what else people should know although all is well."""
+        self._report(slot._replace(warnings=slot.warnings + self._unmet))
 
     def _beat_on_source(self, control: psycopg.Connection[Any], slot: Slot) -> None:
         """Where the server writes but nothing lets us get on, a message of ours does: WAL is not kept for nothing."""
         stuck = self._looked_lsn == self._progress.reached_lsn and slot.source_lsn > self._progress.reached_lsn
         self._looked_lsn = self._progress.reached_lsn
         if stuck and self._begin is None and not slot.in_recovery:
-            with cut_after(control.fileno(), LOOK_WITHIN_S):
+            with cut_after(control.fileno(), surroundings.LOOK_WITHIN_S):
                 surroundings.beat(control)
 
-    def _open_history(self, slot: Slot, stream: ReplicationStream) -> Progress:
+    def _open_history(self, slot: Slot, stream: ReplicationStream, same_server: bool) -> tuple[history.Server, Progress]:
         """Go on where the log ends, or begin an epoch; never pass over a gap without noting it."""
-        before = self._appender.progress()
+        before, proof = self._appender.progress(), self._appender.proof()
         ancestors: list[history.Switch] = []
         if before is not None and before.timeline != stream.timeline:
             ancestors = history.parse_timeline_history(stream.timeline_history())
         server = history.Server(
             stream.system_identifier, stream.timeline, slot.source_lsn, slot.in_recovery, slot.confirmed_lsn, ancestors
         )
-        progress, gap = history.decide(before, server)
-        if gap:
-            log.error("gap source=%s: %s", self.source.name, gap)
-        if before is None or progress.epoch != before.epoch:
-            self._appender.begin_history(progress, gap)
-        return progress
+        newest = 0 if proof is None else proof.lsn
+        decision = history.decide(before, server, newest_lsn=newest, same_server=same_server)
+        self._proof = None
+        if before is None or decision.progress.epoch != before.epoch:
+            self._begin_history(decision)
+        if decision.gap is None:
+            self._proof = history.proof_of(proof, server, self.source.publication_name)
+        return server, decision.progress
+
+    def _begin_history(self, decision: history.Decision) -> None:
+        if decision.gap:
+            log.error("gap source=%s: %s", self.source.name, decision.gap)
+        self._appender.begin_history(*decision)
 
 
 def _refuse_constant(name: str) -> None:

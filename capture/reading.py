@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ from django.db import DatabaseError, connection
 
 from capture.disk import shortage
 from capture.reader import NoRoom, Reader
-from capture.stream import SlotActive, StreamEnded
+from capture.stream import DecodingFailed, SlotActive, StreamEnded
 from capture.surroundings import Slot, SlotUnusable
 from consumers.hosting import hint
 from consumers.models import Source
@@ -29,6 +30,8 @@ STEADY_S = 10.0  # a connection that lived so long was a good one: the next paus
 STANDBY_LOOK_S = 1.0
 BEAT_EVERY_S = 2.0
 DISK_EVERY_S = 1.0
+SAME_FAILURES = 5  # of the server's decoding, at the same place: then it is not tried as often any more
+PASSING = (SourceUnreachable, StreamEnded, ProgressMoved, psycopg.Error, DatabaseError, OSError)
 
 
 class Reading:
@@ -42,6 +45,9 @@ class Reading:
         self._beat_at = 0.0
         self._disk_at = -DISK_EVERY_S
         self._disk: str | None = None
+        self._reader: Reader | None = None
+        self._failure: tuple[str, object] | None = None  # of the server's decoding: what it said, and where the log ended
+        self._failures = 0
 
     def stop(self, *_: Any) -> None:
         self._stop.set()
@@ -54,7 +60,8 @@ class Reading:
             began = time.monotonic()
             try:
                 self._read_once()
-            except (SourceUnreachable, SlotUnusable, NoRoom, StreamEnded, ProgressMoved, psycopg.Error, DatabaseError, OSError) as error:
+            except Exception as caught:
+                error = self._judged(caught)
                 self._trouble(error)
                 if time.monotonic() - began > STEADY_S:
                     pause = FIRST_PAUSE_S
@@ -72,9 +79,10 @@ class Reading:
                 self._alive()
                 if self._stop.is_set():
                     return
-            self.reader_class(
+            self._reader = self.reader_class(
                 self.source, appender, stopping=self._stop.is_set, report=self._report, alive=self._alive, shortage=self._look_at_disk
-            ).run()
+            )
+            self._reader.run()
 
     def _look_at_disk(self) -> str | None:
         """At most once a second: a stat each batch would be felt."""
@@ -101,13 +109,31 @@ class Reading:
             confirmed_lsn=slot.confirmed_lsn,
         )  # fmt: skip
 
+    def _judged(self, error: Exception) -> Exception:
+        """A failure of the server's decoding that is there each time at the same place is the slot's end."""
+        if not isinstance(error, DecodingFailed):
+            return error
+        failure = (str(error), self._reader and self._reader.stored)
+        self._failures = self._failures + 1 if failure == self._failure else 1
+        self._failure = failure
+        way_back = "The console's and the API's recover makes the slot anew; what lies before it is a gap to be backfilled"
+        if found := re.search(r'publication "(.*?)" does not exist', str(error)):
+            return SlotUnusable(
+                "slot_lost",
+                f"the publication {found[1]} was dropped, or made anew, and the server cannot decode what was written before that."
+                f" {way_back}",
+            )
+        if self._failures >= SAME_FAILURES:
+            return SlotUnusable("slot_lost", f"the server fails at the same place each time: {error}. {way_back}")
+        return error
+
     def _trouble(self, error: Exception) -> None:
         reason = str(error) if isinstance(error, (SourceUnreachable, SlotUnusable, NoRoom)) else reason_of(error, self.source)
         more = hint(reason, self.source.host, self.source.port)
         if more and not isinstance(error, SourceUnreachable):
             reason = f"{reason}. {more[0].upper()}{more[1:]}"
-        log.warning("not reading source=%s: %s", self.source.name, reason)
         state = _state_of(error)
+        log.warning("not reading source=%s: %s", self.source.name, reason, exc_info=error if state == "broken" else None)
         try:
             lifecycle.set_source_status(self.source.pk, state, [reason])
         except DatabaseError:
@@ -124,4 +150,5 @@ def _state_of(error: Exception) -> str:
         return "store_full"
     if isinstance(error, SourceUnreachable):
         return "unreachable"
-    return "connecting"
+    # Anything else is a mistake of ours: it is said and tried again, and stops no other source.
+    return "connecting" if isinstance(error, PASSING) else "broken"

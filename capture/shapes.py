@@ -1,10 +1,11 @@
-"""Tell what happened to a table between two of its shapes, and whether rows changed that were never sent. Pure.
+"""Tell what a table's primary key was when a change was made, and what happened to the table between two of its shapes. Pure.
 
-A rewrite (ALTER TYPE … USING, a new column with a default) changes rows without a word in the stream.
+A rewrite (ALTER TYPE … USING, a new column with a default) changes rows without a word in the stream. The stream says what a table
+looked like when the change was made, the catalog what it looks like now: after a DDL the two differ until we have caught up.
 """
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from consumers.store.types import RelationShape
@@ -19,6 +20,44 @@ class Change(NamedTuple):
     kind: str
     text: str
     backfill: bool
+
+
+class Now(NamedTuple):
+    """What the catalog says of a table now. `exists`: it is there at all; `listed`: the publication has a column list for it."""
+
+    exists: bool
+    primary_key: tuple[str, ...]
+    columns: tuple[str, ...]
+    listed: bool = False
+
+
+def primary_key(names: Sequence[str], flagged: Sequence[str], identity: str, now: Now, before: RelationShape | None) -> tuple[str, ...]:
+    """The key, in its order, of a relation that the stream announced with these columns.
+
+    `flagged`: the columns that the stream calls the replica identity. Under DEFAULT they are the key of then, in no order.
+    `before`: the same table's shape when it was last announced.
+    """
+    last, old = ((), ()) if before is None else (before.primary_key, tuple(column.name for column in before.columns))
+    known = [last, _renamed(last, old, names)]
+    if now.exists:
+        known = [now.primary_key, last, _renamed(now.primary_key, now.columns, names), known[1]]
+    if identity == "d":
+        for key in known:
+            if set(key) == set(flagged):
+                return key
+        if now.listed and set(flagged) < set(now.primary_key):
+            return now.primary_key  # the publication leaves out a part of the key
+        return tuple(flagged)
+    if now.exists and (not now.primary_key or now.listed):
+        return now.primary_key
+    return next((key for key in known if key and set(key) <= set(names)), now.primary_key)
+
+
+def _renamed(key: Sequence[str], columns: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """The key under the names that its columns have, or had, at the same places; () when that cannot be told."""
+    if len(columns) != len(names) or not set(key) <= set(columns):
+        return ()
+    return tuple(names[columns.index(name)] for name in key)
 
 
 def differences(before: RelationShape, after: RelationShape, filled: Collection[str] = ()) -> list[Change]:

@@ -27,6 +27,7 @@ BUSY_STATUS_EVERY_S = 2.0
 ASK_AFTER_S, DEAD_AFTER_S = 10.0, 20.0
 ANSWER_WITHIN_S = 15.0  # to a command before the stream begins
 CANNOT_CONVERT = (b"22P05", b"22021")  # SQLSTATE untranslatable_character, character_not_in_repertoire
+PASSING = (b"", b"08", b"53", b"57")  # classes of SQLSTATE: the connection, resources, an operator (shutdown, terminate)
 _STATUS = struct.Struct("!cQQQqB")
 _KEEPALIVE = struct.Struct("!QqB")
 HEADER_BYTES = 25  # of an XLogData message; the payload follows
@@ -47,6 +48,10 @@ class SlotActive(StreamEnded):
 
 class Untranslatable(StreamEnded):
     """The server cannot convert a value to UTF-8: a byte that means nothing in the database's own encoding, say."""
+
+
+class DecodingFailed(StreamEnded):
+    """The server's decoding of the WAL failed, for a reason that may be there again next time."""
 
 
 class ReplicationStream:
@@ -71,9 +76,13 @@ class ReplicationStream:
         content = self._query(f"TIMELINE_HISTORY {self.timeline}", pq.ExecStatus.TUPLES_OK).get_value(0, 1)
         return (content or b"").decode(errors="replace")
 
-    def start(self, slot: str, publication: str, start_lsn: int) -> None:
-        """Begin to stream what was committed after `start_lsn`. Raises StreamEnded, SlotActive."""
-        self.wal_end = self._confirmed = start_lsn
+    def start(self, slot: str, publication: str, start_lsn: int, *, proven: bool = True) -> None:
+        """Begin to stream what was committed after `start_lsn`. Raises StreamEnded, SlotActive.
+
+        `proven`: up to there the server's history is known to be the log's; if not, nothing is confirmed before `confirm`.
+        """
+        self.wal_end = start_lsn
+        self._confirmed = start_lsn if proven else 0
         quoted = publication.replace('"', '""').replace("'", "''")
         # pgoutput hands on logical messages from Postgres 14 on; transaction annotations are such.
         messages = ", messages 'true'" if self._conn.server_version >= 140_000 else ""
@@ -195,8 +204,9 @@ class ReplicationStream:
         if result is None:
             return StreamEnded("the server ended the stream")
         line = _line(result.error_message)
-        if result.error_field(pq.DiagnosticField.SQLSTATE) not in CANNOT_CONVERT:
-            return StreamEnded(line)
+        state = result.error_field(pq.DiagnosticField.SQLSTATE) or b""
+        if state not in CANNOT_CONVERT:
+            return StreamEnded(line) if state[:2] in PASSING else DecodingFailed(line)
         with cut_after(self._conn.socket, ANSWER_WITHIN_S):
             while self._conn.get_result() is not None:  # to the command's very end: then the slot is free
                 pass

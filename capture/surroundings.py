@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import psycopg
 
 from capture.encodings import codec_of, readable
+from capture.membership import Member, Publication, Seen
 from consumers.hosting import readable_bytes, setting_bytes
 from consumers.models import Source
 from consumers.preflight import PLUGIN, RETAINED_ALARM_BYTES
 
 HEARTBEAT = "sequin:heartbeat"
+LOOK_WITHIN_S = 15.0  # longer than the control connection's statements may take when the server is well
 
 
 class SlotUnusable(Exception):
@@ -22,6 +24,14 @@ class SlotUnusable(Exception):
     def __init__(self, state: str, text: str) -> None:
         self.state = state
         super().__init__(text)
+
+
+def publication_missing(name: str) -> SlotUnusable:
+    return SlotUnusable(
+        "publication_missing",
+        f"the publication {name} does not exist. One of ours the console's and the API's recover makes anew; or run on the source:"
+        f' CREATE PUBLICATION "{name}" FOR TABLE …; then recover',
+    )
 
 
 class Slot(NamedTuple):
@@ -73,11 +83,7 @@ def look_at_slot(control: psycopg.Connection[Any], source: Source) -> Slot:
             f" run on the source: SELECT pg_drop_replication_slot('{name}'); {create}",
         )
     if not has_publication:
-        raise SlotUnusable(
-            "publication_missing",
-            f"the publication {source.publication_name} does not exist. Run on the source: CREATE PUBLICATION"
-            f' "{source.publication_name}" FOR TABLE …;',
-        )
+        raise publication_missing(source.publication_name)
     warnings = _retained_warnings(int(retained or 0), wal_status, setting_bytes(cap) if cap else None)
     return Slot(int(confirmed or 0), int(retained or 0), int(here or 0), int(xid), bool(recovering), warnings)
 
@@ -115,56 +121,51 @@ def beat(control: psycopg.Connection[Any]) -> None:
 
 # The publication's tables ----------------------------------------------------------------------------------------
 
+_TABLES_SQL = """
+    WITH pub AS (SELECT oid, puballtables FROM pg_publication WHERE pubname = %(publication)s),
+    member AS (
+        SELECT DISTINCT t.relid FROM pg_get_publication_tables(%(publication)s) g,
+        LATERAL (SELECT coalesce(x.relid::oid, g.relid) AS relid FROM (SELECT) one LEFT JOIN pg_partition_tree(g.relid) x ON true) t
+    )
+    SELECT c.oid::bigint, convert_to(n.nspname || '.' || c.relname, 'SQL_ASCII'),
+        CASE WHEN m.relid IS NOT NULL THEN coalesce(
+            (SELECT max(r.oid)::bigint FROM pg_publication_rel r, pub WHERE r.prpubid = pub.oid
+             AND (r.prrelid = c.oid OR c.relispartition AND r.prrelid IN (SELECT relid FROM pg_partition_ancestors(c.oid)))),
+            {schemas} 0) END,
+        pg_relation_size(c.oid) > 0, coalesce(pg_relation_filenode(c.oid), 0)::bigint, coalesce(d.shape, ''),
+        coalesce(d.rewritten, ''), c.relispartition
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN member m ON m.relid = c.oid
+    LEFT JOIN LATERAL (
+        SELECT md5(string_agg(concat_ws(' ', convert_to(a.attname::text, 'SQL_ASCII'), a.atttypid, a.atttypmod), ',' ORDER BY a.attnum))
+                   AS shape,
+               md5(string_agg(concat_ws(' ', a.xmin, x.xmin), ',' ORDER BY a.attnum)) AS rewritten
+        FROM pg_attribute a LEFT JOIN pg_attrdef x ON x.adrelid = a.attrelid AND x.adnum = a.attnum AND a.attgenerated <> ''
+        WHERE a.attrelid = c.oid AND a.attnum > 0 AND m.relid IS NOT NULL
+    ) d ON true
+    WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND n.nspname NOT IN ('pg_catalog', 'information_schema')
+      AND (m.relid IS NOT NULL OR c.oid = ANY (%(before)s) OR pg_relation_size(c.oid) > 0)
+"""
+_SCHEMAS_SQL = "(SELECT max(s.oid)::bigint FROM pg_publication_namespace s, pub WHERE s.pnpubid = pub.oid AND s.pnnspid = n.oid),"
 
-class Tables(NamedTuple):
-    """The tables of the database by oid: those whose own changes are published, and the others."""
 
-    published: dict[int, str]
-    filled: dict[int, str]
-    """Not published, and not empty."""
+def look_at_tables(
+    control: psycopg.Connection[Any], publication: str, encoding: str, before: Seen | None
+) -> Seen:
+    """The publication and the database's tables; partitioned ones count as their partitions, for that is what rows are in.
 
-    def as_json(self) -> dict[str, list[int]]:
-        return {"published": sorted(self.published), "filled": sorted(self.filled)}
-
-
-class Membership(NamedTuple):
-    kind: str
-    table: str
-    text: str
-    backfill: bool
-
-
-def look_at_tables(control: psycopg.Connection[Any], publication: str, encoding: str) -> Tables:
-    """Partitioned tables count as their partitions: those are what rows are in."""
+    Of the tables that are not published those that have rows, and those that were `before`. Raises SlotUnusable.
+    """
     codec = codec_of(encoding)
-    found = control.execute(
-        "SELECT c.oid::bigint, convert_to(n.nspname || '.' || c.relname, 'SQL_ASCII'), p.oid IS NOT NULL FROM pg_class c"
-        " JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " LEFT JOIN (SELECT DISTINCT t.relid AS oid FROM pg_get_publication_tables(%s) g,"
-        "  LATERAL (SELECT coalesce(x.relid, g.relid) AS relid FROM (SELECT) one LEFT JOIN pg_partition_tree(g.relid) x ON true) t"
-        " ) p ON p.oid = c.oid"
-        " WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND n.nspname NOT IN ('pg_catalog', 'information_schema')"
-        " AND (p.oid IS NOT NULL OR pg_relation_size(c.oid) > 0)",
+    row = control.execute(
+        "SELECT oid::bigint, xmin::text, concat(CASE WHEN pubinsert THEN 'i' END, CASE WHEN pubupdate THEN 'u' END,"
+        " CASE WHEN pubdelete THEN 'd' END, CASE WHEN pubtruncate THEN 't' END), pubviaroot FROM pg_publication WHERE pubname = %s",
         [publication],
+    ).fetchone()
+    if row is None:
+        raise publication_missing(publication)
+    schemas = _SCHEMAS_SQL if control.info.server_version >= 150_000 else ""
+    found = control.execute(
+        _TABLES_SQL.format(schemas=schemas),  # type: ignore[arg-type]
+        {"publication": publication, "before": list(before.tables) if before else []},
     ).fetchall()
-    rows = [(oid, readable(name, codec), member) for oid, name, member in found]
-    published = {oid: name for oid, name, member in rows if member}
-    return Tables(published, {oid: name for oid, name, member in rows if not member})
-
-
-def membership_changes(before: dict[str, list[int]] | None, now: Tables) -> list[Membership]:
-    """Who joined and who left since `before`. One that joined with rows in it needs a backfill: these were not sent."""
-    if before is None:
-        return []
-    found = []
-    was, filled = set(before["published"]), set(before["filled"])
-    for oid, name in sorted(now.published.items()):
-        if oid not in was:
-            text = "is published now"
-            if oid in filled:
-                text += "; the rows it had before were not sent"
-            found.append(Membership("published", name, text, oid in filled))
-    for oid in sorted(was - set(now.published)):
-        if oid in now.filled:
-            found.append(Membership("unpublished", now.filled[oid], "is no longer published: its changes do not arrive", False))
-    return found
+    return Seen(Publication(*row), {oid: Member(readable(name, codec), *rest) for oid, name, *rest in found})

@@ -12,6 +12,7 @@ from django.core.exceptions import ValidationError
 from django.db import transaction
 
 from consumers.models import Consumer, HttpEndpoint, Source
+from consumers.publishing import demand_publication, publish_tables
 from consumers.routing import check_where
 from consumers.source_connection import SourceUnreachable, reason_of
 from consumers.source_setup import (
@@ -19,7 +20,6 @@ from consumers.source_setup import (
     SetupRefused,
     drop_slot,
     prepare_source,
-    publish_tables,
     renew_slot,
     source_position,
 )
@@ -105,10 +105,15 @@ def recover(source: Source) -> None:
 
     What was missed in between shows as a gap. Raises ValidationError.
     """
+    tables = sorted({table for consumer in source.consumers.all() for table in consumer.tables})
     try:
-        renew_slot(source)
+        demand_publication(source, tables)
+        renew_slot(source, unreadable=lifecycle.source_state(source.pk) == "slot_lost")
         made = prepare_source(source)
-        tables = sorted({table for consumer in source.consumers.all() for table in consumer.tables})
+        if made.publication_created and not made.slot_created:
+            # What was written while there was no publication cannot be decoded (Postgres 17 and older), or was skipped.
+            renew_slot(source, unreadable=True)
+            made = made._replace(slot_created=prepare_source(source).slot_created)
         source.publication_created = source.publication_created or made.publication_created
         source.slot_created = source.slot_created or made.slot_created
         if made.publication_created:
@@ -138,6 +143,16 @@ def _save_source(source: Source, made: Prepared | None) -> None:
         source.slot_created = made.slot_created or kept_slot
         source.publication_created = made.publication_created or kept_publication
     source.save()
+    if before is not None and before.slot_created and _slot_of(before) != _slot_of(source):
+        lifecycle.note_source(
+            source.pk, "slot_left",
+            f"the slot {before.slot_name} stays behind on {before.host}:{before.port} and keeps WAL there until it is dropped:"
+            f" SELECT pg_drop_replication_slot('{before.slot_name}')",
+        )  # fmt: skip
+
+
+def _slot_of(source: Source) -> tuple[str, int, str, str]:
+    return source.host, source.port, source.database, source.slot_name
 
 
 def _save_consumer(consumer: Consumer) -> None:
@@ -172,6 +187,8 @@ def _publish(consumer: Consumer) -> None:
         raise ValidationError({"source": f"{error}"}) from None
     except SetupRefused as error:
         raise ValidationError({error.field: error.reason}) from None
+    except psycopg.Error as error:
+        raise ValidationError({"tables": reason_of(error, consumer.source)}) from None
 
 
 def _position(source: Source) -> int:

@@ -142,9 +142,11 @@ class Source(Named):
 
     def clean(self) -> None:
         errors: dict[str, str] = {}
-        for field in ("host", "database", "username", "publication_name"):
-            if re.search(r"[\0\s]", getattr(self, field) or ""):
-                errors[field] = "may not contain spaces or line breaks"
+        if re.search(r"[\0\s]", self.host or ""):
+            errors["host"] = "may not contain spaces or line breaks"
+        for field in ("database", "username", "publication_name"):
+            if re.search(r"[\0\r\n]", getattr(self, field) or ""):
+                errors[field] = "may not contain line breaks"
         if self.host and (problem := pooler_problem(self.host, self.port or 5432, self.username)):
             errors["host"] = problem
         if self.host and self.sslmode in WEAK_SSL_MODES and not is_local_host(self.host) and not settings.SEQUIN_ALLOW_PLAINTEXT:

@@ -5,84 +5,49 @@ Nothing is changed here. A blocking finding keeps capture from working; the othe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import psycopg
 from psycopg import pq, sql
 
 from consumers import hosting
-from consumers.hosting import Provider, readable_bytes
-from consumers.models import Source, is_local_host
+from consumers.findings import Finding, Server, one, read_server
+from consumers.hosting import readable_bytes
+from consumers.models import Consumer, Source, is_local_host
+from consumers.preflight_tables import check_publication, check_tables
+from consumers.publication import publication_exists
 from consumers.source_connection import SourceUnreachable, conninfo, connect, reason_of
 
 PLUGIN = "pgoutput"
 OLDEST = 120_000
 SLOTS_SPARE = 2
 RETAINED_ALARM_BYTES = 10**9
-NAMED_TABLES = 20  # in one finding
 
 
-class Finding(NamedTuple):
-    """One thing the pre-flight saw. `sql` mends it; a blocking one stops capture."""
-
-    name: str
-    ok: bool
-    blocking: bool
-    text: str
-    sql: str = ""
-
-
-class Server(NamedTuple):
-    """What the checks need to know of the server, read once."""
-
-    version: int
-    provider: Provider
-    settings: dict[str, tuple[str, str]]
-    in_recovery: bool
-
-    def setting(self, name: str) -> str | None:
-        found = self.settings.get(name)
-        return None if found is None else found[0]
-
-    def setting_bytes(self, name: str) -> int | None:
-        found = self.settings.get(name)
-        return None if found is None else hosting.setting_bytes(*found)
-
-
-def check(source: Source, needs_old_values: tuple[str, ...] = ()) -> list[Finding]:
-    """Every finding about the source. Raises SourceUnreachable.
-
-    `needs_old_values`: tables, as `schema.table`, of which some consumer asks for old values.
-    """
+def check(source: Source) -> list[Finding]:
+    """Every finding about the source. Raises SourceUnreachable."""
     with connect(source) as conn:
         server = read_server(conn, source)
         found = [
             *_check_server(conn, source, server), *_check_role(conn, source, server), *_check_replication(conn, source, server),
-            *_check_capacity(conn, source, server), *check_slot(conn, source, server), *_check_settings(server),
+            *_check_capacity(conn, source, server), *check_slot(conn, source, server), *_check_other_slots(conn, source, server),
+            *_check_settings(server),
         ]  # fmt: skip
-        published = publication_exists(conn, source.publication_name)
-        if not published:
+        if not publication_exists(conn, source.publication_name):
             name = sql.Identifier(source.publication_name).as_string(conn)
             text = f"there is no publication {source.publication_name}"
             return [*found, Finding("publication", False, True, text, f"CREATE PUBLICATION {name} FOR TABLE …;")]
-        return [*found, *_check_publication(conn, source, server), *_check_tables(conn, source, server, needs_old_values)]
+        consumers = Consumer.objects.filter(source=source.pk).exclude(status="disabled").order_by("name")
+        return [*found, *check_publication(conn, source, server), *check_tables(conn, source, server, consumers)]
 
 
-def findings(source: Source, needs_old_values: tuple[str, ...] = ()) -> list[Finding]:
+def findings(source: Source) -> list[Finding]:
     """What `check` finds; a source that does not answer is one finding too."""
     try:
         reached = Finding("reachable", True, True, f"{source.host}:{source.port} answers")
-        return [reached, *check(source, needs_old_values)]
+        return [reached, *check(source)]
     except SourceUnreachable as error:
         return [Finding("reachable", False, True, str(error))]
-
-
-def read_server(conn: psycopg.Connection[Any], source: Source) -> Server:
-    rows = conn.execute("SELECT name, setting, coalesce(unit, '') FROM pg_settings").fetchall()
-    settings = {name: (value, unit) for name, value, unit in rows}
-    roles = {row[0] for row in conn.execute("SELECT rolname::text FROM pg_roles").fetchall()}
-    recovering = bool(one(conn, "SELECT pg_is_in_recovery()"))
-    return Server(conn.info.server_version, hosting.provider_of(source.host, settings, roles), settings, recovering)
 
 
 def check_wal_level(server: Server) -> Finding:
@@ -137,41 +102,22 @@ def _check_retained(retained: int, wal_status: str | None, safe: Any, server: Se
     return Finding("retained_wal", not urgent, False, text)
 
 
-def publication_exists(conn: psycopg.Connection[Any], name: str) -> bool:
-    return bool(one(conn, "SELECT count(*) FROM pg_publication WHERE pubname = %s", [name]))
-
-
-def published(conn: psycopg.Connection[Any], publication: str) -> list[tuple[str, str]]:
-    """The tables of the publication as (schema, table), sorted."""
-    return [
-        (schema, table)
-        for schema, table in conn.execute(
-            "SELECT schemaname::text, tablename::text FROM pg_publication_tables WHERE pubname = %s ORDER BY 1, 2", [publication]
-        ).fetchall()
-    ]
-
-
-def without_identity(conn: psycopg.Connection[Any], tables: list[str]) -> list[str]:
-    """Those of the tables whose UPDATEs and DELETEs fail once they are published: no key that identifies a row."""
+def _check_other_slots(conn: psycopg.Connection[Any], source: Source, server: Server) -> Iterator[Finding]:
+    """Slots that nobody reads hold back WAL too: of a source that was deleted or moved, say."""
+    if server.in_recovery:
+        return  # a standby keeps slots in step for the primary
+    ours = set(Source.objects.filter(host=source.host, port=source.port).values_list("slot_name", flat=True)) | {source.slot_name}
     rows = conn.execute(
-        "SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE n.nspname || '.' || c.relname = ANY (%s) AND NOT (c.relreplident = 'f'"
-        " OR (c.relreplident = 'd' AND EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary))"
-        " OR (c.relreplident = 'i' AND EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)))"
-        " ORDER BY 1",
-        [tables],
+        "SELECT s.slot_name::text, h.here - s.restart_lsn FROM pg_replication_slots s, (SELECT pg_current_wal_lsn() AS here) h"
+        " WHERE s.database = current_database() AND NOT s.active AND NOT s.temporary AND s.restart_lsn IS NOT NULL ORDER BY 1"
     ).fetchall()
-    return [row[0] for row in rows]
-
-
-def one(conn: psycopg.Connection[Any], query: str, parameters: list[Any] | None = None) -> Any:
-    row = conn.execute(query, parameters).fetchone()
-    return None if row is None else row[0]
-
-
-def qualified(table: str) -> sql.Identifier:
-    """`schema.table` as an identifier. A schema's name holds no dot here, as validate_table demands."""
-    return sql.Identifier(*table.split(".", 1))
+    for name, retained in rows:
+        if name not in ours:
+            yield Finding(
+                "other_slot", False, False,
+                f"the slot {name}, which no source here reads, is read by nobody and holds back {readable_bytes(int(retained))} of WAL",
+                f"SELECT pg_drop_replication_slot('{name}'); -- if nobody needs it",
+            )  # fmt: skip
 
 
 # The server and the role ------------------------------------------------------------------------------------------
@@ -278,112 +224,3 @@ def _check_settings(server: Server) -> Iterator[Finding]:
             f"idle_replication_slot_timeout is {idle} {unit}: a source paused, or capture stopped, for longer loses its slot",
             "ALTER SYSTEM SET idle_replication_slot_timeout = 0; SELECT pg_reload_conf();",
         )  # fmt: skip
-
-
-# The publication and its tables ------------------------------------------------------------------------------------
-
-
-def _check_publication(conn: psycopg.Connection[Any], source: Source, server: Server) -> Iterator[Finding]:
-    name = sql.Identifier(source.publication_name).as_string(conn)
-    tables = published(conn, source.publication_name)
-    row = conn.execute(
-        "SELECT pubinsert, pubupdate, pubdelete, pubtruncate FROM pg_publication WHERE pubname = %s", [source.publication_name]
-    ).fetchone()
-    assert row is not None
-    some = ", ".join(f"{schema}.{table}" for schema, table in tables[:NAMED_TABLES])
-    more = f" and {len(tables) - NAMED_TABLES} more" if len(tables) > NAMED_TABLES else ""
-    yield Finding(
-        "publication", bool(tables), False,
-        f"the publication {source.publication_name} publishes {len(tables)} tables" + (f": {some}{more}" if tables else ""),
-        "" if tables else f"ALTER PUBLICATION {name} ADD TABLE …;",
-    )  # fmt: skip
-    left_out = [action for action, on in zip(("insert", "update", "delete", "truncate"), row, strict=True) if not on]
-    if left_out:
-        yield Finding(
-            "publication_actions", False, False,
-            f"the publication {source.publication_name} leaves out {', '.join(left_out)}: these never arrive",
-            f"ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate');",
-        )  # fmt: skip
-
-
-def _check_tables(
-    conn: psycopg.Connection[Any], source: Source, server: Server, needs_old_values: tuple[str, ...]
-) -> Iterator[Finding]:
-    tables = [f"{schema}.{table}" for schema, table in published(conn, source.publication_name)]
-    for table in without_identity(conn, tables):
-        yield Finding(
-            "replica_identity", False, False,
-            f"{table} has no replica identity: its UPDATEs and DELETEs fail while it is published",
-            f"ALTER TABLE {qualified(table).as_string(conn)} REPLICA IDENTITY FULL;",
-        )  # fmt: skip
-    if server.version >= 150_000:
-        yield from _check_lists_and_filters(conn, source)
-    if needs_old_values:
-        weak = conn.execute(
-            "SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-            " WHERE n.nspname || '.' || c.relname = ANY (%s) AND c.relreplident <> 'f' ORDER BY 1",
-            [list(needs_old_values)],
-        ).fetchall()
-        for (table,) in weak:
-            yield Finding(
-                "old_values", False, False,
-                f"{table} does not give its old values, which a consumer's where asks for: those messages are delivered undecided",
-                f"ALTER TABLE {qualified(table).as_string(conn)} REPLICA IDENTITY FULL;",
-            )  # fmt: skip
-    unreadable = conn.execute(
-        "SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE n.nspname || '.' || c.relname = ANY (%s)"
-        " AND NOT (has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')) ORDER BY 1",
-        [tables],
-    ).fetchall()
-    if unreadable:
-        names = [row[0] for row in unreadable]
-        shown = ", ".join(names[:NAMED_TABLES])
-        who = sql.Identifier(source.username).as_string(conn)
-        grants = " ".join(f"GRANT SELECT ON {qualified(name).as_string(conn)} TO {who};" for name in names[:NAMED_TABLES])
-        yield Finding("select", False, False, f"the role may not read {shown}: changes arrive, backfills do not", grants)
-
-
-def _check_lists_and_filters(conn: psycopg.Connection[Any], source: Source) -> Iterator[Finding]:
-    """Column lists and row filters that make UPDATEs fail: they must cover the replica identity, or be covered by it."""
-    rows = conn.execute(
-        """
-        SELECT n.nspname || '.' || c.relname, c.relreplident::text, r.prattrs IS NOT NULL, r.prqual IS NOT NULL,
-               coalesce((SELECT array_agg(a.attname::text ORDER BY a.attnum) FROM pg_attribute a
-                         WHERE a.attrelid = c.oid AND a.attnum = ANY (i.keys) AND r.prattrs IS NOT NULL
-                           AND NOT a.attnum = ANY (r.prattrs::int2[])), '{}'),
-               coalesce((SELECT array_agg(DISTINCT a.attname::text) FROM pg_depend d JOIN pg_attribute a
-                           ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
-                         WHERE r.prqual IS NOT NULL AND d.classid = 'pg_publication_rel'::regclass AND d.objid = r.oid
-                           AND d.refobjid = c.oid AND d.refobjsubid > 0 AND c.relreplident <> 'f'
-                           AND NOT a.attnum = ANY (i.keys) AND (r.prattrs IS NULL OR NOT a.attnum = ANY (r.prattrs::int2[]))), '{}')
-        FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid JOIN pg_class c ON c.oid = r.prrelid
-        JOIN pg_namespace n ON n.oid = c.relnamespace
-        CROSS JOIN LATERAL (SELECT coalesce((SELECT x.indkey::int2[] FROM pg_index x WHERE x.indrelid = c.oid
-             AND ((c.relreplident = 'd' AND x.indisprimary) OR (c.relreplident = 'i' AND x.indisreplident)) LIMIT 1), '{}') AS keys) i
-        WHERE p.pubname = %s AND (p.pubupdate OR p.pubdelete) ORDER BY 1
-        """,
-        [source.publication_name],
-    ).fetchall()
-    for table, identity, listed, _, uncovered, unidentified in rows:
-        quoted = qualified(table).as_string(conn)
-        if listed and identity == "f":
-            yield Finding(
-                "column_list", False, False,
-                f"{table} has REPLICA IDENTITY FULL and a column list in the publication: its UPDATEs and DELETEs fail",
-                f"ALTER TABLE {quoted} REPLICA IDENTITY DEFAULT; -- or publish all columns",
-            )  # fmt: skip
-        elif uncovered:
-            yield Finding(
-                "column_list", False, False,
-                f"the publication's column list leaves out {', '.join(uncovered)} of {table}'s replica identity: its UPDATEs and"
-                " DELETEs fail",
-                f"-- add {', '.join(uncovered)} to the column list of {quoted}",
-            )  # fmt: skip
-        if unidentified:
-            yield Finding(
-                "row_filter", False, False,
-                f"the publication's row filter on {table} uses {', '.join(unidentified)}, which the replica identity lacks: its"
-                " UPDATEs and DELETEs fail",
-                f"ALTER TABLE {quoted} REPLICA IDENTITY FULL;",
-            )  # fmt: skip

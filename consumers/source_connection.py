@@ -95,6 +95,8 @@ def connect(source: SourceParameters, *, statement_timeout_ms: int = 30_000) -> 
     try:
         connection = psycopg.connect(conninfo(source), autocommit=True)
         connection.execute(f"SET statement_timeout = {int(statement_timeout_ms)}")
+        if connection.info.server_version >= 140_000:  # which brought it; a role may have it set
+            connection.execute("SET idle_session_timeout = 0")
     except (psycopg.Error, UnicodeError) as error:
         raise SourceUnreachable(source.host, source.port, reason_of(error, source)) from None
     return connection

@@ -1,35 +1,19 @@
 """Make and inspect what a source needs on its server: publication first, then slot. Nothing of the user's is altered."""
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import sql
 
+from consumers.findings import Server, read_server
 from consumers.models import Source
-from consumers.preflight import (
-    PLUGIN,
-    Server,
-    check_slot,
-    check_wal_level,
-    publication_exists,
-    published,
-    qualified,
-    read_server,
-    without_identity,
-)
+from consumers.preflight import PLUGIN, check_slot, check_wal_level
+from consumers.publication import publication_exists, published
+from consumers.publishing import SetupRefused
 from consumers.source_connection import connect, reason_of
 
 SLOT_TIMEOUT_S = 60
-
-
-class SetupRefused(Exception):
-    """The source cannot be set up as asked; `field` is the one to blame, the text says what to do."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        self.field, self.reason = field, reason
-        super().__init__(reason)
 
 
 class Prepared(NamedTuple):
@@ -51,7 +35,7 @@ def prepare_source(source: Source) -> Prepared:
                     "publication_name",
                     f"the server is a standby and has no publication {source.publication_name}: make it on the primary",
                 )
-            _create_publication(conn, source)
+            _create_publication(conn, source, server)
         try:
             slot_made = _ensure_slot(conn, source, server)
         except (SetupRefused, psycopg.Error):
@@ -72,30 +56,26 @@ def source_position(source: Source) -> int:
     return int(row[0])
 
 
-def published_tables(source: Source) -> list[str]:
-    """The tables the publication publishes, as `schema.table`, sorted."""
-    with connect(source) as conn:
-        return _published(conn, source.publication_name)
-
-
-def renew_slot(source: Source) -> None:
+def renew_slot(source: Source, *, unreadable: bool = False) -> None:
     """Drop a lost slot, so that `prepare_source` makes it anew; what it missed is a gap. Raises SourceUnreachable, SetupRefused.
 
-    A lost slot that we did not make is left to its maker.
+    `unreadable`: the server cannot decode what the slot keeps, although it looks well. A slot that we did not make is left to its
+    maker.
     """
     with connect(source) as conn:
-        server = read_server(conn, source)
-        slot = check_slot(conn, source, server)[0]
-        if not slot.ok and "is lost" in slot.text:
-            if not source.slot_created:
-                raise SetupRefused("slot_name", f"{slot.text}, and it is not ours to drop. Run on the source: {slot.sql}")
-            conn.execute("SELECT pg_drop_replication_slot(%s)", [source.slot_name])
+        slot = check_slot(conn, source, read_server(conn, source))[0]
+        if "there is no slot" in slot.text or not (unreadable or "is lost" in slot.text):
+            return
+        if not source.slot_created:
+            by_hand = f"SELECT pg_drop_replication_slot('{source.slot_name}'); then recover"
+            raise SetupRefused("slot_name", f"the slot {source.slot_name} is not ours to drop. Run on the source: {by_hand}")
+        _drop(conn, source.slot_name)
 
 
 def all_tables(source: Source) -> list[dict[str, Any]]:
     """Every table that could be published: name, whether it is, primary key, replica identity."""
     with connect(source) as conn:
-        published = set(_published(conn, source.publication_name))
+        members = set(published(conn, source.publication_name))
         rows = conn.execute(
             "SELECT n.nspname || '.' || c.relname, c.relreplident::text,"
             " coalesce((SELECT array_agg(a.attname::text ORDER BY k.n) FROM pg_index i, unnest(i.indkey) WITH ORDINALITY k(att, n)"
@@ -105,79 +85,43 @@ def all_tables(source: Source) -> list[dict[str, Any]]:
         ).fetchall()
     identities = {"d": "default", "f": "full", "i": "index", "n": "nothing"}
     return [
-        {"name": name, "published": name in published, "primary_key": key, "replica_identity": identities.get(ident, ident)}
+        {"name": name, "published": name in members, "primary_key": key, "replica_identity": identities.get(ident, ident)}
         for name, ident, key in rows
     ]
-
-
-def publish_tables(source: Source, tables: Iterable[str]) -> None:
-    """See that the publication publishes these: added when the publication is ours, else refused with the SQL.
-
-    An empty list means all that is published, and is fine unless nothing is.
-    """
-    wanted = list(tables)
-    with connect(source) as conn:
-        existing = _existing(conn, wanted)
-        for table in wanted:
-            if not table.endswith(".*") and table not in existing:
-                raise SetupRefused("tables", f"there is no table {table} in the database {source.database}")
-        published = set(_published(conn, source.publication_name))
-        missing = sorted(existing - published)
-        if not missing:
-            return
-        for table in without_identity(conn, missing):
-            raise SetupRefused(
-                "tables",
-                f"{table} has neither a primary key nor another replica identity: publishing it would make its UPDATEs and"
-                f" DELETEs fail. Run on the source: ALTER TABLE {qualified(table).as_string(conn)} REPLICA IDENTITY FULL;",
-            )
-        statement = sql.SQL("ALTER PUBLICATION {} ADD TABLE {}").format(
-            sql.Identifier(source.publication_name), sql.SQL(", ").join(qualified(table) for table in missing)
-        )
-        by_hand = f"{statement.as_string(conn)};"
-        if not source.publication_created:
-            raise SetupRefused(
-                "tables",
-                f"the publication {source.publication_name} does not publish {', '.join(missing)}, and it is not ours to"
-                f" change. Run on the source: {by_hand}",
-            )
-        try:
-            conn.execute(statement)
-        except psycopg.Error as error:
-            raise SetupRefused("tables", f"{reason_of(error, source)}. Run on the source as the owner: {by_hand}") from None
 
 
 def drop_slot(source: Source) -> None:
     """Drop the slot and the publication, where we made them."""
     with connect(source) as conn:
         if source.slot_created:
-            conn.execute(
-                "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s AND active",
-                [source.slot_name],
-            )
-            for _ in range(50):
-                try:
-                    conn.execute(
-                        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s",
-                        [source.slot_name],
-                    )
-                    break
-                except psycopg.errors.ObjectInUse:
-                    conn.execute("SELECT pg_sleep(0.1)")
+            _drop(conn, source.slot_name)
         if source.publication_created:
             conn.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(source.publication_name)))
 
 
-def _create_publication(conn: psycopg.Connection[Any], source: Source) -> None:
-    """An empty one: consumers add the tables they name."""
-    statement = sql.SQL("CREATE PUBLICATION {}").format(sql.Identifier(source.publication_name))
+def _drop(conn: psycopg.Connection[Any], slot: str) -> None:
+    """Our reader may still be on it."""
+    conn.execute("SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s AND active", [slot])
+    for _ in range(50):
+        try:
+            conn.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s", [slot])
+            return
+        except psycopg.errors.ObjectInUse:
+            conn.execute("SELECT pg_sleep(0.1)")
+    raise SetupRefused("slot_name", f"the slot {slot} is in use: stop what reads it (SELECT * FROM pg_replication_slots)")
+
+
+def _create_publication(conn: psycopg.Connection[Any], source: Source, server: Server) -> None:
+    """An empty one: consumers add the tables they name. Changes of partitions arrive under the partitioned table's name."""
+    root = " WITH (publish_via_partition_root = true)" if server.version >= 130_000 else ""
+    statement = sql.SQL("CREATE PUBLICATION {}" + root).format(sql.Identifier(source.publication_name))
     try:
         conn.execute(statement)
     except psycopg.Error as error:
         raise SetupRefused(
             "publication_name",
             f"cannot create the publication: {reason_of(error, source)}. As the owner of the tables run on the source:"
-            f" {statement.as_string(conn)} FOR TABLE …;",
+            f" CREATE PUBLICATION {sql.Identifier(source.publication_name).as_string(conn)} FOR TABLE …{root};",
         ) from None
 
 
@@ -225,20 +169,3 @@ def _why_slot_waits(conn: psycopg.Connection[Any], server: Server) -> str:
         + (f" ({who})" if who else "")
         + ". End it (SELECT pg_terminate_backend(pid)) and save again"
     )
-
-
-def _published(conn: psycopg.Connection[Any], publication: str) -> list[str]:
-    return [f"{schema}.{table}" for schema, table in published(conn, publication)]
-
-
-def _existing(conn: psycopg.Connection[Any], wanted: list[str]) -> set[str]:
-    rows = conn.execute(
-        "SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND NOT c.relispartition"
-        " AND n.nspname NOT IN ('pg_catalog', 'information_schema')"
-        " AND (n.nspname || '.' || c.relname = ANY (%(wanted)s) OR n.nspname || '.*' = ANY (%(wanted)s))"
-        " UNION SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE c.relkind IN ('r', 'p') AND c.relispartition AND n.nspname || '.' || c.relname = ANY (%(wanted)s)",
-        {"wanted": wanted},
-    ).fetchall()
-    return {row[0] for row in rows}

@@ -16,12 +16,12 @@ from uuid import UUID
 
 import psycopg
 
-from consumers.store.connection import store_connection
+from consumers.store.connection import held_connection
+from consumers.store.events import add_event
 from consumers.store.partitions import SEQUENCE_LOCK, ensure_ahead
-from consumers.store.types import ColumnShape, LogRow, Progress, RelationShape
+from consumers.store.types import ColumnShape, LogRow, Progress, Proof, RelationShape
 
 SOURCE_LOCK_CLASS = 0x5E9  # advisory: one reader per source
-EVENTS_KEPT = 1_000  # for each source
 CHECK_ROOM_EVERY = 100_000  # ids; far below partitions.AHEAD_IDS
 
 _COPY_SQL = (
@@ -51,7 +51,7 @@ class Appender:
 
     def __init__(self, source_id: UUID, conn: psycopg.Connection[Any] | None = None) -> None:
         self.source_id = source_id
-        self._conn = conn or store_connection(application_name="sequin capture")
+        self._conn = conn or held_connection("sequin capture")
         self._notify_conn: psycopg.Connection[Any] | None = None
         self._source_bytes = source_id.bytes
         self._room_checked_at = -CHECK_ROOM_EVERY
@@ -93,6 +93,11 @@ class Appender:
         ).fetchone()
         return None if row is None else Progress(*row)
 
+    def proof(self) -> Proof | None:
+        """The newest transaction stored in this epoch."""
+        row = self._conn.execute("SELECT proof FROM capture_progress WHERE source = %s", [self.source_id]).fetchone()
+        return None if row is None or row[0] is None else Proof(**json.loads(row[0]))
+
     def begin_history(self, begun: Progress, gap: str | None = None) -> None:
         """Let the source's first epoch begin, or the next one: LSNs compare within an epoch only.
 
@@ -108,6 +113,7 @@ class Appender:
                 [self.source_id, *begun],
             )
             if gap:
+                self._conn.execute("UPDATE capture_progress SET proof = NULL WHERE source = %s", [self.source_id])
                 self.note_gap(gap)
 
     def note_gap(self, reason: str) -> None:
@@ -119,15 +125,7 @@ class Appender:
 
     def note(self, kind: str, table: str | None, text: str, *, backfill: bool = False) -> None:
         """Tell people what happened to the source, or to a table of it."""
-        self._conn.execute(
-            "INSERT INTO source_events (source, kind, table_name, text, backfill) VALUES (%s, %s, %s, %s, %s)",
-            [self.source_id, kind, table, text[:2000], backfill],
-        )
-        self._conn.execute(
-            "DELETE FROM source_events WHERE source = %(source)s AND id <= (SELECT id FROM source_events WHERE source = %(source)s"
-            " ORDER BY id DESC OFFSET %(keep)s LIMIT 1)",
-            {"source": self.source_id, "keep": EVENTS_KEPT},
-        )
+        add_event(self._conn.execute, self.source_id, kind, table, text, backfill=backfill)
 
     def known_tables(self) -> dict[str, list[int]] | None:
         """What `remember_tables` was last told."""
@@ -170,9 +168,10 @@ class Appender:
         assert row is not None
         return int(row[0])
 
-    def append(self, rows: Sequence[LogRow], before: Progress, after: Progress) -> int | None:
+    def append(self, rows: Sequence[LogRow], before: Progress, after: Progress, proof: Proof | None = None) -> int | None:
         """Store `rows` and move the progress from `before` to `after`, both or neither. Returns the last id drawn.
 
+        `proof`: the newest transaction of `rows`; None leaves the one there is.
         Raises ProgressMoved when the progress was not `before`. After any psycopg error the outcome is what
         `progress()` says on a new connection.
         """
@@ -182,7 +181,7 @@ class Appender:
         with conn.cursor() as cursor:
             cursor.execute("BEGIN")
             try:
-                self._move(cursor, before, after, len(rows))
+                self._move(cursor, before, after, len(rows), proof)
                 if rows:
                     with cursor.copy(_COPY_SQL) as copy:
                         copy.write(encode_rows(rows, self._source_bytes, after.epoch))
@@ -210,7 +209,7 @@ class Appender:
         if not self._unnotified:
             return
         if self._notify_conn is None or self._notify_conn.closed:
-            self._notify_conn = store_connection(application_name="sequin capture notify")
+            self._notify_conn = held_connection("sequin capture notify")
             self._notify_conn.execute("SET synchronous_commit = off")
         relations = sorted(self._unnotified)[:500]  # a payload holds less than 8,000 bytes
         if len(relations) < len(self._unnotified):
@@ -219,14 +218,14 @@ class Appender:
         self._notify_conn.execute("SELECT pg_notify('sequin_log', %s)", [payload])
         self._unnotified.clear()
 
-    def _move(self, cursor: psycopg.Cursor[Any], before: Progress, after: Progress, rows: int) -> None:
+    def _move(self, cursor: psycopg.Cursor[Any], before: Progress, after: Progress, rows: int, proof: Proof | None) -> None:
         cursor.execute(
             "UPDATE capture_progress SET epoch = %s, system_identifier = %s, timeline = %s, stored_lsn = %s, part_lsn = %s,"
-            " part_changes = %s, reached_lsn = %s, messages = messages + %s, updated_at = now()"
+            " part_changes = %s, reached_lsn = %s, messages = messages + %s, proof = coalesce(%s, proof), updated_at = now()"
             " FROM (SELECT pg_advisory_xact_lock_shared(%s)) AS sequence_stays"
             " WHERE source = %s AND (epoch, system_identifier, timeline, stored_lsn, part_lsn, part_changes, reached_lsn)"
             " = (%s, %s, %s, %s, %s, %s, %s)",
-            [*after, rows, SEQUENCE_LOCK, self.source_id, *before],
+            [*after, rows, None if proof is None else json.dumps(proof._asdict()), SEQUENCE_LOCK, self.source_id, *before],
         )
         if cursor.rowcount != 1:
             raise ProgressMoved(self.source_id, before)

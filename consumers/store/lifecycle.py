@@ -14,6 +14,7 @@ from uuid import UUID
 
 from django.db import connection, transaction
 
+from consumers.store.events import add_event
 from consumers.store.types import Backlog
 
 WAITING_LIMIT = 100_000  # a count beyond it says "at least"
@@ -163,6 +164,17 @@ def set_source_status(
         " confirmed_lsn = coalesce(excluded.confirmed_lsn, s.confirmed_lsn), at = now()",
         [source_id, state, list(reasons), retained_bytes, source_lsn, confirmed_lsn],
     )
+
+
+def note_source(source_id: UUID, kind: str, text: str) -> None:
+    """Tell people what happened to a source."""
+    add_event(_execute, source_id, kind, None, text)
+
+
+def source_state(source_id: UUID) -> str | None:
+    """What `set_source_status` was last told."""
+    rows = _fetch("SELECT state FROM source_status WHERE source = %s", [source_id])
+    return rows[0][0] if rows else None
 
 
 def gap(source_id: UUID) -> str | None:

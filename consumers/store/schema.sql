@@ -73,6 +73,7 @@ create table capture_progress (
     reached_lsn       bigint  not null,
     messages          bigint  not null default 0,  -- stored ever, for the metrics
     gap               text,     -- what may be missing from the log, until somebody acknowledges it
+    proof             text,     -- the newest transaction: {"lsn", "xid", …} (Proof); a server of the same history has it
     updated_at        timestamptz not null default now()
 ) with (fillfactor = 50);
 
@@ -87,7 +88,7 @@ create table source_status (
     at             timestamptz not null default now()
 ) with (fillfactor = 50);
 
--- The tables of a source when capture last looked: {"published": [oid, …], "filled": [oid, …]}.
+-- The publication and the tables of a source when capture last looked (capture/membership.py).
 create table source_tables (
     source uuid primary key,
     tables jsonb not null

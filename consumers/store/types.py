@@ -28,6 +28,16 @@ class Progress(NamedTuple):
     """Up to here everything is stored or had nothing for us; the most that is ever confirmed."""
 
 
+class Proof(NamedTuple):
+    """The newest transaction in a source's log, and the publication it came under: a server of the same history has it too."""
+
+    lsn: int
+    """Of its commit."""
+    xid: int
+    committed_us: int
+    publication: str
+
+
 class LogRow(NamedTuple):
     """One change, ready for COPY. Texts are UTF-8 bytes of JSON."""
 

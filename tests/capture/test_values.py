@@ -152,6 +152,8 @@ def everything(conn: psycopg.Connection[Any]) -> dict[str, list[str]]:
         conn.execute("SELECT '<a/>'::xml")
     except psycopg.Error:
         del scalars["xml"]  # this server was built without libxml
+    if conn.info.server_version < 150_000:
+        del scalars["numeric(3,-2)"]  # negative scales came with 15
     types = {**scalars, **PLAIN}
     for name, values in scalars.items():
         typed = [f"{value}::{name}" for value in values]

@@ -1,16 +1,21 @@
 """What tests of capture share: reading in this process until a condition holds, and looking into the log."""
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from django.db import connection
 
 from capture.reader import Reader
+from capture.reading import Reading
 from consumers.models import Source
 from consumers.store.appender import Appender
 from tests.conftest import wait_until
@@ -97,3 +102,46 @@ def reading(source: Source) -> Iterator[None]:
 def await_messages(count: int, source: Source | None = None, timeout: float = 20) -> list[Logged]:
     wait_until(lambda: len(logged(source)) >= count, timeout, f"{count} messages in the log")
     return logged(source)
+
+
+class ForkedReader:
+    """A reader in a process of its own, which can be killed: `ForkedReader(source, **{"capture.reader.BATCH_ROWS": 10})`.
+
+    It is forked, so that a test need not wait for an interpreter to start. No thread of ours may hold a database connection then.
+    """
+
+    def __init__(self, source: Source, **constants: Any) -> None:
+        self._source_id, self._constants = source.pk, constants
+        self.pid = 0
+        self.peak_mb = 0
+        """The most memory one of its processes has had, as far as it was looked at: on a kill, and by `look`."""
+
+    def start(self) -> ForkedReader:
+        connection.close()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                for name, value in self._constants.items():
+                    module, attribute = name.rsplit(".", 1)
+                    setattr(importlib.import_module(module), attribute, value)
+                Reading(Source.objects.get(pk=self._source_id)).run()
+            finally:
+                os._exit(0)
+        return self
+
+    def kill(self) -> None:
+        if self.pid:
+            self.look()
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+
+    def is_alive(self) -> bool:
+        return bool(self.pid) and os.waitpid(self.pid, os.WNOHANG) == (0, 0)
+
+    def look(self) -> int:
+        """The most memory it has had until now."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                self.peak_mb = max(self.peak_mb, int(line.split()[1]) // 1024)
+        return self.peak_mb

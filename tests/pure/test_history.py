@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import pytest
 
-from capture.history import Decision, Server, Switch, decide, parse_timeline_history
-from consumers.store.types import Progress
+from capture.history import Decision, Server, Switch, decide, diverged, parse_timeline_history, proof_of
+from consumers.store.types import Progress, Proof
 
 STORED = Progress(3, "system-a", 2, 900, 950, 7, 1000)
 
@@ -40,22 +40,55 @@ def test_a_server_that_went_back_is_a_gap_but_a_standby_that_lags_is_not() -> No
 
 
 def test_failover_to_a_server_that_had_everything_loses_and_doubles_nothing() -> None:
-    progress, gap = decide(STORED, server(timeline=3, confirmed=800, ancestors=(Switch(1, 100), Switch(2, 1200))))
+    progress, gap = decide(STORED, server(timeline=3, confirmed=800, ancestors=(Switch(1, 100), Switch(2, 1200))), newest_lsn=950)
     assert gap is None
     assert progress == STORED._replace(epoch=4, timeline=3), "what is stored stays recognised, the rest gets a new epoch"
 
 
+def test_failover_to_a_server_that_lacks_only_what_had_nothing_for_us_is_no_gap() -> None:
+    progress, gap = decide(STORED, server(timeline=3, confirmed=800, ancestors=(Switch(2, 980),)), newest_lsn=950)
+    assert gap is None and progress == STORED._replace(epoch=4, timeline=3, reached_lsn=980)
+
+
 def test_failover_to_a_server_that_was_behind_is_said_and_reads_from_the_fork() -> None:
-    progress, gap = decide(STORED, server(timeline=3, confirmed=700, ancestors=(Switch(2, 940),)))
+    progress, gap = decide(STORED, server(timeline=3, confirmed=700, ancestors=(Switch(2, 940),)), newest_lsn=950)
     assert progress == Progress(4, "system-a", 3, 940, 0, 0, 940)
     assert gap is not None and "may not exist there" in gap and "missing" not in gap
 
 
+def test_failover_to_a_server_without_the_transaction_that_is_half_stored_is_said() -> None:
+    half = Progress(3, "system-a", 2, 900, 1100, 7, 1000)
+    progress, gap = decide(half, server(timeline=3, confirmed=700, ancestors=(Switch(2, 1050),)), newest_lsn=1100)
+    assert progress == Progress(4, "system-a", 3, 1000, 0, 0, 1000) and gap is not None and "may not exist there" in gap
+    progress, gap = decide(half, server(timeline=3, confirmed=700, ancestors=(Switch(2, 1200),)), newest_lsn=1100)
+    assert progress == half._replace(epoch=4, timeline=3) and gap is None
+
+
 def test_failover_with_a_slot_made_anew_is_a_gap() -> None:
-    progress, gap = decide(STORED, server(timeline=3, confirmed=1500, ancestors=(Switch(2, 1200),)))
+    progress, gap = decide(STORED, server(timeline=3, confirmed=1500, ancestors=(Switch(2, 1200),)), newest_lsn=950)
     assert progress.reached_lsn == 1500 and progress.epoch == 4 and gap is not None and "are missing" in gap
-    progress, gap = decide(STORED, server(timeline=3, confirmed=1500, ancestors=(Switch(2, 940),)))
+    progress, gap = decide(STORED, server(timeline=3, confirmed=1500, ancestors=(Switch(2, 940),)), newest_lsn=950)
     assert progress.reached_lsn == 1500 and gap is not None and "may not exist" in gap and "are missing" in gap
+
+
+def test_a_standby_promoted_while_it_was_read_is_no_gap() -> None:
+    promoted = server(timeline=3, confirmed=900, ancestors=(Switch(2, 940),))
+    progress, gap = decide(STORED, promoted, newest_lsn=950, same_server=True)
+    assert progress == STORED._replace(epoch=4, timeline=3) and gap is None
+
+
+def test_a_proof_is_asked_for_unless_the_slot_has_heard_of_it() -> None:
+    proof = Proof(950, 77, 123, "sequin_pub")
+    assert proof_of(proof, server(confirmed=950), "sequin_pub") == proof
+    assert proof_of(proof, server(confirmed=951), "sequin_pub") is None
+    assert proof_of(proof, server(confirmed=900), "another") is None and proof_of(None, server(), "sequin_pub") is None
+    progress, gap = diverged(STORED, server(confirmed=900), proof)
+    assert progress == Progress(4, "system-a", 2, 900, 0, 0, 900) and gap is not None and "put back from a copy" in gap
+
+
+def test_a_server_that_went_back_behind_a_half_stored_transaction_is_a_gap() -> None:
+    half = Progress(3, "system-a", 2, 900, 1100, 7, 1000)
+    assert decide(half, server(wal=1050, confirmed=800))[1] is not None
 
 
 def test_a_timeline_that_does_not_descend_from_ours_is_a_gap() -> None:

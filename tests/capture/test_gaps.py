@@ -1,0 +1,298 @@
+"""What is missing is said, and nothing is missing silently: publications, histories, transactions older than their publication."""
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from django.core.exceptions import ValidationError
+from django.db import connection
+
+from capture.reading import Reading
+from consumers import changes
+from consumers.models import Consumer, Source
+from consumers.store import lifecycle
+from tests.capture.test_servers import source_on
+from tests.capture.world import await_messages, gap, logged, read_until, reading
+from tests.cluster import Cluster
+from tests.conftest import SourceDatabase, wait_until
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture
+def source(source_database: SourceDatabase, make_source: Any) -> Source:
+    """One whose publication and slot are ours, with a table `t` and a consumer of it."""
+    source_database.execute("CREATE TABLE t (id int PRIMARY KEY, n int)")
+    made: Source = make_source()
+    changes.save(Consumer(name="c", source=made, kind="pull", tables=["public.t"]))
+    return made
+
+
+@contextmanager
+def living(source: Source) -> Iterator[None]:
+    """A reader that connects again after whatever breaks, in a thread."""
+    reading = Reading(source)
+    reading._stop = threading.Event()
+
+    def run() -> None:
+        try:
+            reading.run()
+        finally:
+            connection.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        reading.stop()
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def _signals(monkeypatch: Any) -> None:
+    monkeypatch.setattr("capture.reading.signal.signal", lambda *_: None)  # only the main thread may
+
+
+def test_a_publication_dropped_and_made_anew_is_a_gap_or_a_lost_slot(source: Source, source_database: SourceDatabase) -> None:
+    """Postgres 18 skips what was written meanwhile, without a word; older servers cannot decode it at all."""
+    source_database.execute("INSERT INTO t VALUES (1)")
+    read_until(source, lambda: logged())
+    source_database.execute("DROP PUBLICATION sequin_pub")
+    source_database.execute("INSERT INTO t VALUES (2)")
+    source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
+    source_database.execute("INSERT INTO t VALUES (3)")
+    if source_database.version < 18:
+        with living(source):
+            wait_until(lambda: lifecycle.source_state(source.pk) == "slot_lost", 20, "the lost slot to be named")
+        changes.recover(source)
+        source_database.execute("INSERT INTO t VALUES (4)")
+    read_until(source, lambda: len(logged()) >= 2)
+    assert "missing" in str(gap(source))
+    assert [row.record["id"] for row in logged()] == ([1, 3] if source_database.version >= 18 else [1, 4])
+
+
+def test_recover_makes_a_dropped_publication_of_ours_anew(source: Source, source_database: SourceDatabase) -> None:
+    source_database.execute("INSERT INTO t VALUES (1)")
+    with living(source):
+        await_messages(1)
+        source_database.execute("DROP PUBLICATION sequin_pub")
+        source_database.execute("INSERT INTO t VALUES (2)")
+        source.refresh_from_db()
+    with living(source):
+        wait_until(lambda: lifecycle.source_state(source.pk) in ("publication_missing", "slot_lost"), 20, "it to be named")
+    changes.recover(source)
+    with living(source):
+        source_database.execute("INSERT INTO t VALUES (3)")
+        await_messages(2)
+        assert "missing" in str(gap(source)) and [row.record["id"] for row in logged()] == [1, 3]
+
+
+def test_a_publication_of_somebody_else_is_left_to_them(source_database: SourceDatabase, make_source: Any) -> None:
+    source_database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
+    source = make_source()
+    changes.save(Consumer(name="c", source=source, kind="pull", tables=["public.t"]))
+    source_database.execute("DROP PUBLICATION sequin_pub")
+    with pytest.raises(ValidationError, match=r'CREATE PUBLICATION "sequin_pub" FOR TABLE "public"."t"'):
+        changes.recover(source)
+    assert source_database.execute("SELECT count(*) FROM pg_publication") == [(0,)]
+
+
+def test_what_an_older_transaction_wrote_before_its_table_was_published_arrives(
+    source_database: SourceDatabase, make_source: Any
+) -> None:
+    source_database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    source = make_source()
+    answered = threading.Event()
+
+    def make_consumer() -> None:
+        changes.save(Consumer(name="c", source=source, kind="pull", tables=["public.t"]))
+        answered.set()
+        connection.close()
+
+    thread = threading.Thread(target=make_consumer)
+    with source_database.connect(autocommit=False) as older:
+        older.execute("INSERT INTO t VALUES (1)")
+        thread.start()
+        wait_until(lambda: source_database.execute("SELECT count(*) FROM pg_publication_tables") == [(1,)], 10, "the table to be published")
+        assert not answered.is_set(), "the older transaction is waited for"
+        source_database.execute("INSERT INTO t VALUES (2)")  # who comes later is not
+        assert not answered.wait(0.3)
+        older.commit()
+    thread.join(10)
+    assert answered.is_set()
+    source_database.execute("INSERT INTO t VALUES (3)")
+    read_until(source, lambda: 3 in [row.record["id"] for row in logged()])
+    position = lifecycle._fetch("SELECT start_lsn FROM consumer_position")[0][0]
+    first = lifecycle._fetch("SELECT min(commit_lsn) FROM messages WHERE commit_lsn >= %s", [position])[0][0]
+    delivered = lifecycle._fetch("SELECT key FROM messages WHERE commit_lsn >= %s ORDER BY id", [first])
+    assert delivered == [('["3"]',)], "the consumer begins with what is committed after it was answered"
+
+
+def test_an_older_transaction_that_stays_open_is_named_and_the_table_not_published(
+    source_database: SourceDatabase, make_source: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("consumers.publishing.WRITERS_WITHIN_S", 0.3)
+    source_database.execute("CREATE TABLE t (id int PRIMARY KEY) PARTITION BY RANGE (id)")
+    source_database.execute("CREATE TABLE t1 PARTITION OF t FOR VALUES FROM (0) TO (10)")
+    source = make_source()
+    with source_database.connect(autocommit=False) as older:
+        older.execute("INSERT INTO t1 VALUES (1)")
+        with pytest.raises(ValidationError, match=rf"has been open all the time \(process {older.info.backend_pid}, open for"):
+            changes.save(Consumer(name="c", source=source, kind="pull", tables=["public.t"]))
+        older.rollback()
+    assert source_database.execute("SELECT count(*) FROM pg_publication_tables") == [(0,)]
+    changes.save(Consumer(name="c", source=source, kind="pull", tables=["public.t"]))
+
+
+@pytest.fixture
+def server() -> Iterator[Cluster]:
+    made = Cluster("put-back").start()
+    made.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    made.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
+    yield made
+    made.remove()
+
+
+def copied(server: Cluster) -> None:
+    server.stop()
+    subprocess.run(["cp", "-a", server.data, server.directory / "copy"], check=True)
+    server.start()
+
+
+def put_back(server: Cluster) -> None:
+    server.stop()
+    shutil.rmtree(server.data)
+    (server.directory / "copy").rename(server.data)
+    server.start()
+
+
+@pytest.mark.parametrize("grown", [False, True], ids=["behind the log", "beyond the log"])
+def test_a_server_put_back_from_a_copy_is_recognised(server: Cluster, transactional_db: None, grown: bool) -> None:
+    """Same system, same timeline. Where it has grown past our position only its transactions tell."""
+    source = source_on(server)
+    changes.save(source)
+    server.execute("INSERT INTO t VALUES (1)")
+    read_until(source, lambda: logged())
+    copied(server)
+    server.execute("INSERT INTO t VALUES (2)")
+    read_until(source, lambda: len(logged()) >= 2)
+    put_back(server)
+    server.execute("INSERT INTO t VALUES (3)")
+    if grown:
+        server.execute("SELECT pg_logical_emit_message(false, 'x', repeat('x', 100000))")
+        server.execute("INSERT INTO t VALUES (4)")
+    with living(source):
+        wait_until(lambda: 3 in [row.record["id"] for row in logged()], 20, "what the copy wrote")
+        assert "copy" in str(gap(source)) or "backup" in str(gap(source))
+        wait_until(lambda: not grown or logged()[-1].record["id"] == 4, 20, "the rest")
+    assert logged()[-1].epoch == 2
+
+
+def test_an_ordinary_crash_of_the_server_is_no_gap(server: Cluster, transactional_db: None) -> None:
+    """A crash takes the slot's position back; what is sent again is recognised, the newest transaction proves the history."""
+    source = source_on(server)
+    changes.save(source)
+    for number in range(3):
+        server.execute("INSERT INTO t SELECT generate_series(%s::int, %s::int)", [10 * number, 10 * number + 2])
+        read_until(source, lambda: len(logged()) >= 3 * number + 3)  # noqa: B023
+        server.restart("immediate")
+    server.execute("INSERT INTO t VALUES (99)")
+    read_until(source, lambda: len(logged()) >= 10)
+    assert gap(source) is None and len(logged()) == 10 and {row.epoch for row in logged()} == {1}
+
+
+def test_a_standby_that_is_promoted_while_it_is_read_is_no_gap(transactional_db: None, monkeypatch: Any) -> None:
+    monkeypatch.setattr("capture.reader.LOOK_EVERY_S", 0.05)
+    primary = Cluster("primary").start()
+    primary.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    primary.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
+    standby = primary.standby("standby").start()
+    stop = threading.Event()
+
+    def snapshots() -> None:
+        while not stop.wait(0.2):
+            primary.execute("SELECT pg_log_standby_snapshot()")
+
+    helper = threading.Thread(target=snapshots)
+    helper.start()
+    source = source_on(standby)
+    try:
+        changes.save(source)
+    finally:
+        stop.set()
+        helper.join()
+    try:
+        with reading(source):
+            primary.execute("INSERT INTO t VALUES (1), (2)")
+            await_messages(2)
+            primary.stop()
+            standby.promote()
+            standby.execute("INSERT INTO t VALUES (3)")
+            await_messages(3)
+            wait_until(lambda: lifecycle._fetch("SELECT timeline FROM capture_progress") == [(2,)], 20, "the new timeline")
+            standby.execute("INSERT INTO t VALUES (4)")
+            await_messages(4)
+        standby.execute("INSERT INTO t VALUES (5)")
+        read_until(source, lambda: len(logged()) >= 5)
+        assert gap(source) is None and [row.record["id"] for row in logged()] == [1, 2, 3, 4, 5]
+    finally:
+        standby.remove()
+        primary.remove()
+
+
+def test_a_mistake_of_ours_has_a_state_and_is_tried_again(source: Source, source_database: SourceDatabase, monkeypatch: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unforeseen")
+
+    source_database.execute("INSERT INTO t VALUES (1)")
+    with monkeypatch.context() as patched:
+        patched.setattr("capture.tables.Tables.register", broken)
+        with living(source):
+            wait_until(lambda: lifecycle.source_state(source.pk) == "broken", 20, "the state")
+            patched.undo()
+            await_messages(1)
+
+
+def test_what_the_server_cannot_decode_at_all_is_a_lost_slot_with_a_way_back(
+    source: Source, source_database: SourceDatabase, monkeypatch: Any
+) -> None:
+    """A row beyond what a protocol message can hold: the server fails at it each time, for ever."""
+    from capture.stream import DecodingFailed, ReplicationStream
+
+    def fails(*_: Any) -> Any:
+        raise DecodingFailed("ERROR: invalid memory alloc request size 1073741824")
+        yield
+
+    source_database.execute("INSERT INTO t VALUES (0)")
+    read_until(source, lambda: logged())
+    source_database.execute("INSERT INTO t VALUES (1)")
+    with monkeypatch.context() as patched:
+        patched.setattr(ReplicationStream, "batches", fails)
+        with living(source):
+            wait_until(lambda: lifecycle.source_state(source.pk) == "slot_lost", 20, "the state")
+    changes.recover(source)
+    source_database.execute("INSERT INTO t VALUES (2)")
+    read_until(source, lambda: len(logged()) >= 2)
+    assert [row.record["id"] for row in logged()] == [0, 2] and "are missing" in str(gap(source))
+
+
+def test_connections_outlive_an_idle_session_timeout(source: Source, source_database: SourceDatabase, monkeypatch: Any) -> None:
+    if source_database.version < 14:
+        pytest.skip("Postgres 14 brought it")
+    with source_database.admin() as conn:
+        conn.execute(f"ALTER ROLE {source_database.name} SET idle_session_timeout = '300ms'")  # type: ignore[arg-type]
+    with reading(source):
+        source_database.execute("INSERT INTO t VALUES (1)")
+        await_messages(1)
+        idle = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sequin' AND now() - state_change > interval '700 ms'"
+        wait_until(lambda: source_database.admin().execute(idle).fetchone() == (1,), 10, "our connection to be idle for longer")
+        source_database.execute("INSERT INTO t VALUES (2)")
+        await_messages(2)
