@@ -69,10 +69,14 @@ def fail(consumer_id: UUID, failures: Sequence[Failure]) -> Settled:
     return _return(consumer_id, tokens, ids, delays, reasons, errors, statuses, batches, sent=False)
 
 
-def give_back(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]]) -> int:
-    """Undo the hand-out of messages that were not tried: due at once, and not counted as delivered."""
-    tokens, ids = _columns(receipts, 2)
-    return int(_fetch("SELECT sequin_undo(%s, %s::uuid[], %s::bigint[])", [consumer_id, tokens, ids])[0][0])
+def give_back(consumer_id: UUID, receipts: Sequence[tuple[UUID, int, int | None]]) -> int:
+    """Undo the hand-out of messages that were not tried: due at once, and not counted as delivered.
+
+    Each with its `max_batch`: how few may be pushed together is not forgotten. Their receipts are void.
+    """
+    tokens, ids, batches = _columns(receipts, 3)
+    query = "SELECT sequin_undo(%s, %s::uuid[], %s::bigint[], %s::integer[])"
+    return int(_fetch(query, [consumer_id, tokens, ids, batches])[0][0])
 
 
 def extend(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]], ack_wait_ms: int) -> Settled:

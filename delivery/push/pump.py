@@ -142,9 +142,9 @@ class Pump:
         lane = self._lanes.pop(consumer_id, None)
         if lane is not None:
             lane.close()
-            receipts = [(item.token, item.message.id) for item in lane.items()]
-            if receipts:
-                claims.give_back(consumer_id, receipts)
+            held = [(item.token, item.message.id, item.message.max_batch) for item in lane.items()]
+            if held:
+                claims.give_back(consumer_id, held)
 
     def _renew_leases(self) -> None:
         for lane in self._lanes.values():
