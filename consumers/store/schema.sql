@@ -438,7 +438,8 @@ declare
     v_room       integer;
     v_position   bigint;
     v_end        boolean := false;
-    v_from_parked boolean;
+    v_from_parked boolean := false;
+    v_log_first  boolean;
     v_parked     integer := 0;  -- change of the parked count
     v_dropped    bigint[] := '{}';  -- groups of which something was dropped
     v_expired    record;
@@ -508,7 +509,11 @@ begin
     end if;
     v_room := least(p_limit, v_max_out - v_pos.out_count);
 
+    -- 2 and 3 in either order, by chance, so that what fails again and again keeps nobody from what is fresh.
+    v_log_first := v_pos.parked_count > 0 and random() < 0.5;
+    for v_turn in 1..2 loop
     -- 2. Heads of parked groups that are due, each with what follows it in its group.
+    if v_turn = 2 and v_log_first or v_turn = 1 and not v_log_first then
     if v_pos.parked_count > 0 and v_room > 0 then
         <<heads>>
         for v_head in
@@ -563,6 +568,7 @@ begin
                 v_grp2s := v_grp2s || array_fill(v_row.grp2, array[i]);
                 v_counts := v_counts || array_fill(v_row.deliver_count + 1, array[i]);
                 v_batches := v_batches || array_fill(v_row.max_batch, array[i]);
+                v_from_parked := true;
                 v_parked := v_parked - i;
                 v_room := v_room - i;
                 v_in_group := v_in_group + i;
@@ -570,10 +576,8 @@ begin
         end loop;
     end if;
 
-    v_from_parked := v_ids <> '{}';
-
     -- 3. The log.
-    if v_room > 0 and v_pos.parked_count + v_parked < v_max_parked then
+    elsif v_room > 0 and v_pos.parked_count + v_parked < v_max_parked then
         if v_pos.out_count > 0 then
             v_out := array(select sequin_groups_out(p_consumer));
         end if;
@@ -720,6 +724,7 @@ begin
     else
         v_end := v_ids = '{}';
     end if;
+    end loop;
 
     -- 4. The lease and the position.
     if v_from_parked then

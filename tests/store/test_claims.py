@@ -203,6 +203,21 @@ def test_a_revived_dead_letter_goes_before_what_follows_it_in_either_of_its_grou
     assert keys(take(consumer)) == ['["1"]']
 
 
+@pytest.mark.parametrize("limit", [1, 10])
+def test_what_is_given_back_again_and_again_keeps_nobody_from_the_rest(log: Log, limit: int) -> None:
+    consumer = log.consumer()
+    log.append(*[log.row(key) for key in range(40)])
+    done = 0
+    for _ in range(500):  # by chance it is one or the other: enough for any chance
+        claim = take(consumer, limit)
+        bad = [(claim.token, m.id) for m in claim.messages if int(m.key[2:-2]) < 20]
+        claims.nack(consumer, bad)
+        done += claims.ack(consumer, [receipt for receipt in receipts(claim) if receipt not in bad]).done
+        if done == 20:
+            return
+    pytest.fail(f"{done} of 20 came beside 20 that were always given back")
+
+
 def test_max_deliver_makes_a_dead_letter_and_frees_the_group(log: Log) -> None:
     consumer = log.consumer(max_deliver=2)
     log.append(log.row(1), log.row(1))
