@@ -81,7 +81,7 @@ def settle(consumer_id: UUID, token: UUID, made: Made) -> list[Outgoing]:
     going, failing = part_failed(sorted(everything, key=lambda message: message.id), errors)
     goes = {message.id for message in going}
     dropped = [(token, message.id) for message in made.dropped if message.id in goes]
-    left = [(token, message.id) for message in made.left if message.id in goes]
+    left = [(token, message) for message in made.left if message.id in goes]
     if dropped:
         claims.drop(consumer_id, dropped)
     if left:

@@ -109,15 +109,28 @@ class EmbeddedPostgres:
 
     def stop(self) -> None:
         """Fast shutdown, then the hard way."""
-        process, self._process = self._process, None
-        if process is None or process.poll() is not None:
+        if self._process is None or self._process.poll() is not None:
             return
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGQUIT)
-            process.wait(STOP_TIMEOUT_S)
+        self.signal_all(signal.SIGCONT)
+        for how in (signal.SIGINT, signal.SIGQUIT):
+            self._process.send_signal(how)
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+                return
+            except subprocess.TimeoutExpired:
+                continue
+        self.signal_all(signal.SIGKILL)
+        self._process.wait()
+
+    def signal_all(self, how: signal.Signals) -> None:
+        """Send a signal to the server and to every process of it; each of them has a session of its own."""
+        if self._process is None:
+            return
+        for pid in (*_children(self._process.pid), self._process.pid):
+            try:
+                os.kill(pid, how)
+            except ProcessLookupError:
+                pass
 
     def _initialise(self, binaries: Path, user: pwd.struct_passwd | None) -> None:
         _make_directory(self.home, 0o711 if user else 0o700)
@@ -223,6 +236,17 @@ def _reachable(root: Path) -> Path:
     if not closed:
         return root
     return Path("/var/lib/sequin") / hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(entry.read_text().rsplit(")", 1)[1].split()[1]) == parent:
+                found.append(int(entry.parent.name))
+        except (OSError, ValueError, IndexError):
+            continue
+    return found
 
 
 def _password() -> str:

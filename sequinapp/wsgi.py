@@ -7,7 +7,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "sequinapp.settings")
 
 application = get_wsgi_application()
 
-if os.environ.get("SEQUIN_WEB_BEATS") == "1":
+if served := os.environ.get("SEQUIN_WEB_BEATS"):
     from sequinapp.management.commands.run_web import beat_while_serving
 
-    beat_while_serving()
+    beat_while_serving(served)

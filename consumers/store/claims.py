@@ -52,7 +52,7 @@ def claim(consumer_id: UUID, limit: int, *, lease_ms: int, holder: UUID | None =
         if token is not None:
             messages = _messages(rows, frozenset(verdicts.undecided))
             if scout is not None:
-                messages = _judged_again(consumer_id, scout, token, messages, {row[8] for row in rows if row[5]})
+                messages = _judged_again(consumer_id, scout, token, messages)
                 scout.moved(reached)
             if messages:
                 return Claim(token, messages, bool(at_end) and verdicts.at_log_end, None, rows[0][6])
@@ -92,10 +92,13 @@ def fail(consumer_id: UUID, failures: Sequence[Failure]) -> Settled:
     return _return(consumer_id, tokens, ids, delays, reasons, errors, statuses, batches, sent=False)
 
 
-def give_back(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]]) -> int:
-    """Undo the hand-out of messages that were not tried: due at once, and not counted as delivered."""
-    tokens, ids = _columns(receipts, 2)
-    return int(_fetch("SELECT sequin_undo(%s, %s::uuid[], %s::bigint[])", [consumer_id, tokens, ids])[0][0])
+def give_back(consumer_id: UUID, messages: Sequence[tuple[UUID, ClaimedMessage]]) -> int:
+    """Undo the hand-out of messages that were not tried: due at once, and not counted as delivered. Their receipts are void."""
+    tokens, ids = _columns([(token, message.id) for token, message in messages], 2)
+    batches = [message.max_batch for _, message in messages]
+    fresh = [message.id for _, message in messages if message.is_fresh]
+    query = "SELECT sequin_undo(%s, %s::uuid[], %s::bigint[], %s::integer[], %s::bigint[])"
+    return int(_fetch(query, [consumer_id, tokens, ids, batches, fresh])[0][0])
 
 
 def extend(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]], ack_wait_ms: int) -> Settled:
@@ -134,13 +137,14 @@ def decode_receipt(ack_id: str) -> tuple[UUID, int] | None:
 
 
 def _judged_again(
-    consumer_id: UUID, scout: Scout, token: UUID, messages: list[ClaimedMessage], fresh: set[int]
+    consumer_id: UUID, scout: Scout, token: UUID, messages: list[ClaimedMessage]
 ) -> list[ClaimedMessage]:
     """Ask today's filter about what came from the parked ones: what was never handed out goes by it, the rest is only flagged.
 
     What fails is parked again, and what follows it in its group comes back with it.
     """
-    parked = [message.id for message in messages if message.id in fresh or message.deliver_count > 1]
+    fresh = {message.id for message in messages if message.is_fresh}
+    parked = [message.id for message in messages if message.is_fresh or message.deliver_count > 1]
     if not parked:
         return messages
     judged = scout.judge(parked)
@@ -208,14 +212,14 @@ def _messages(rows: list[tuple[Any, ...]], undecided: frozenset[int]) -> list[Cl
         _relation_names.update({row[0]: (row[1], row[2]) for row in found})
     messages = []
     for (
-        _, _, _, _, _, _, _, source, id_, count, group, group2, max_batch, relation, action, record, changes, key, commit_lsn,
+        _, _, _, _, _, fresh, _, source, id_, count, group, group2, max_batch, relation, action, record, changes, key, commit_lsn,
         commit_idx, committed_at, epoch, unchanged, old_values_known, notes,
     ) in rows:  # fmt: skip
         schema, table = _relation_names[relation]
         messages.append(
             ClaimedMessage(
                 id_, count, group, group2, max_batch, ACTIONS[action], schema, table, record, changes, key, commit_lsn,
-                commit_idx, committed_at, epoch, unchanged, old_values_known, notes, source, id_ in undecided,
+                commit_idx, committed_at, epoch, unchanged, old_values_known, notes, source, id_ in undecided, bool(fresh),
             )
         )  # fmt: skip
     return messages

@@ -176,7 +176,7 @@ create table parked (
 );
 create index parked_group on parked (consumer, grp, first_id) where reason <> 'dead';   -- read by claims: is the group free?
 create index parked_group2 on parked (consumer, grp2, first_id) where reason <> 'dead' and grp2 is not null;
-create index parked_due on parked (consumer, due_at) where due_at is not null;          -- read by claims
+create index parked_due on parked (consumer, due_at, first_id) where due_at is not null;  -- read by claims
 create index parked_dead on parked (consumer, first_id) where reason = 'dead';          -- read by the console
 create index parked_token on parked (lease_token) where lease_token is not null;        -- read by late acks
 
@@ -250,6 +250,7 @@ create function sequin_promote(p_consumer uuid, p_groups bigint[]) returns integ
 set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 declare
     v_out   bigint[] := array(select sequin_groups_out(p_consumer));
+    v_now   timestamptz := clock_timestamp();
     v_count integer;
 begin
     with heads as (
@@ -266,7 +267,7 @@ begin
         ) h
         where h.due_at is null
     )
-    update parked p set due_at = greatest(clock_timestamp(), coalesce(p.not_before, clock_timestamp()))
+    update parked p set due_at = greatest(v_now, p.not_before)  -- one moment for all: they come back in log order
     from heads h
     where p.id = h.id
       and not (h.grp = any (v_out))
@@ -357,7 +358,9 @@ begin
         elsif m.grp = any (v_held) or m.grp2 = any (v_held) then
             insert into parked (consumer, source, grp, grp2, first_id, ids, reason, deliver_count, lease_token)
             values (p_consumer, p_source, m.grp, m.grp2, m.id, array[m.id], 'blocked',
-                    m.count - case when p_followers_were_sent then 0 else 1 end, p_token);
+                    m.count - case when p_followers_were_sent then 0 else 1 end,
+                    -- what nobody was given nobody can acknowledge; it may become part of a run
+                    case when p_followers_were_sent then p_token end);
             parked := parked + 1;
             v_held := v_held || m.grp || coalesce(array[m.grp2], '{}');
         else
@@ -489,7 +492,8 @@ declare
     v_room       integer;
     v_position   bigint;
     v_end        boolean := false;
-    v_from_parked boolean;
+    v_from_parked boolean := false;
+    v_log_first  boolean;
     v_parked     integer := 0;  -- change of the parked count
     v_dropped    bigint[] := '{}';  -- groups of which something was dropped
     v_expired    record;
@@ -570,11 +574,15 @@ begin
     end if;
     v_room := least(p_limit, v_max_out - v_pos.out_count);
 
+    -- 2 and 3 in either order, by chance, so that what fails again and again keeps nobody from what is fresh.
+    v_log_first := v_pos.parked_count > 0 and random() < 0.5;
+    for v_turn in 1..2 loop
     -- 2. Heads of parked groups that are due, each with what follows it in its group.
+    if v_turn = 2 and v_log_first or v_turn = 1 and not v_log_first then
     if v_pos.parked_count > 0 and v_room > 0 then
         <<heads>>
         for v_head in
-            select p.* from parked p where p.consumer = p_consumer and p.due_at <= v_now order by p.due_at limit v_room
+            select p.* from parked p where p.consumer = p_consumer and p.due_at <= v_now order by p.due_at, p.first_id limit v_room
         loop
             v_in_group := 0;
             if v_latest and v_columns is null then
@@ -608,7 +616,7 @@ begin
                           and m.id between v_row.ids[1] and v_row.ids[cardinality(v_row.ids)]
                           and (m.consumer = p_consumer
                                or m.action = any (v_actions) and (v_relations is null or m.relation = any (v_relations)))
-                        union all
+                        union  -- while a partition goes, both hold it
                         select m.id from kept_messages m where m.source = v_pos.source and m.id = any (v_row.ids)
                           and (m.consumer = p_consumer
                                or m.action = any (v_actions) and (v_relations is null or m.relation = any (v_relations)))
@@ -618,18 +626,15 @@ begin
                         v_dropped := v_dropped || v_row.grp || v_row.grp2;
                     end if;
                 end if;
-                w_count := cardinality(v_take);
+                w_ids := v_take;
                 v_take := v_take[1:least(v_room, coalesce(v_per_group, 1000000) - v_in_group)];
-                if cardinality(v_take) = w_count then
+                i := cardinality(v_take);
+                if i = cardinality(w_ids) then
                     delete from parked p where p.id = v_row.id;
                 else
                     -- The rest of a run waits for the ack of what is taken now.
-                    update parked p set first_id = r.ids[1], ids = r.ids, due_at = null
-                    from (select array_agg(x order by x) as ids from unnest(v_row.ids) x
-                          where x > v_take[cardinality(v_take)]) r
-                    where p.id = v_row.id;
+                    update parked p set first_id = w_ids[i + 1], ids = w_ids[i + 1:], due_at = null where p.id = v_row.id;
                 end if;
-                i := cardinality(v_take);
                 continue when i = 0;
                 v_ids := v_ids || v_take;
                 v_grps := v_grps || array_fill(v_row.grp, array[i]);
@@ -637,6 +642,7 @@ begin
                 v_counts := v_counts || array_fill(v_row.deliver_count + 1, array[i]);
                 v_batches := v_batches || array_fill(v_row.max_batch, array[i]);
                 v_fresh := v_fresh || array_fill(v_row.reason = 'error' or v_row.reason = 'blocked' and v_row.deliver_count = 0, array[i]);
+                v_from_parked := true;
                 v_parked := v_parked - i;
                 v_room := v_room - i;
                 v_in_group := v_in_group + i;
@@ -644,10 +650,8 @@ begin
         end loop;
     end if;
 
-    v_from_parked := v_ids <> '{}';
-
     -- 3. The log.
-    if v_room > 0 and v_pos.parked_count + v_parked < v_max_parked then
+    elsif v_room > 0 and v_pos.parked_count + v_parked < v_max_parked then
         if v_pos.out_count > 0 then
             v_out := array(select sequin_groups_out(p_consumer));
         end if;
@@ -828,6 +832,7 @@ begin
     else
         v_end := v_ids = '{}';
     end if;
+    end loop;
 
     -- 4. The lease and the position.
     if v_from_parked then
@@ -866,7 +871,8 @@ begin
         ) s where coalesce(s.bytes, 0) <= p_max_bytes or s.n = 1;
         if v_fit < cardinality(v_ids) then
             v_beyond := v_ids[v_fit + 1:];
-            perform sequin_undo(p_consumer, array_fill(v_token, array[cardinality(v_beyond)]), v_beyond);
+            perform sequin_undo(p_consumer, array_fill(v_token, array[cardinality(v_beyond)]), v_beyond, v_batches[v_fit + 1:],
+                                array(select u.id from unnest(v_ids, v_fresh) u(id, fresh) where u.fresh));
             v_ids := v_ids[:v_fit];
             v_end := false;
         end if;
@@ -1127,17 +1133,25 @@ begin
     end if;
 end $$;
 
--- Move the end of the leases of these messages to p_wait_ms from now.
+-- Move the end of the leases of these messages to p_wait_ms from now. A message whose lease has ended, but which was not
+-- handed out again and leads its group, is out again under its token, as if the lease had not ended.
 create function sequin_extend(p_consumer uuid, p_tokens uuid[], p_ids bigint[], p_wait_ms bigint,
                               out done integer, out stale integer)
 language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
-    v_until timestamptz;
-    r       record;
-    l       record;
+    v_pos    consumer_position;
+    v_room   integer;
+    v_until  timestamptz;
+    v_out    bigint[];
+    v_ids    bigint[];
+    v_grps   bigint[];
+    v_grp2s  bigint[];
+    v_counts integer[];
+    r        record;
+    l        record;
 begin
     perform set_config('synchronous_commit', 'off', true);
-    perform from consumer_position p where p.consumer = p_consumer for update;
+    select p.* into v_pos from consumer_position p where p.consumer = p_consumer for update;
     v_until := clock_timestamp() + p_wait_ms * interval '1 ms';
     done := 0;
     for r in
@@ -1168,6 +1182,33 @@ begin
                 values (l.token, p_consumer, l.source, v_until, l.ids, l.grps, l.grp2s, l.counts, l.holder);
             end if;
         end loop;
+        continue when v_pos.parked_count = 0;
+        v_ids := '{}'; v_grps := '{}'; v_grp2s := '{}'; v_counts := '{}';
+        v_out := array(select x from leases o, unnest(o.grps || o.grp2s) x where o.consumer = p_consumer and o.token <> r.token);
+        select c.max_ack_pending - v_pos.out_count into v_room from consumers_consumer c where c.id = p_consumer;
+        for l in
+            select p.* from parked p where p.lease_token = r.token and p.consumer = p_consumer and p.reason <> 'dead'
+                                       and p.first_id = any (r.ids) order by p.first_id
+        loop
+            exit when v_room <= 0;
+            continue when l.grp = any (v_out) or l.grp2 = any (v_out) or exists (
+                select from unnest(array[l.grp, l.grp2]) g(grp)
+                where exists (select from parked q where q.consumer = p_consumer and q.reason <> 'dead' and q.grp = g.grp
+                              and q.first_id < l.first_id)
+                   or exists (select from parked q where q.consumer = p_consumer and q.reason <> 'dead' and q.grp2 is not null
+                              and q.grp2 = g.grp and q.first_id < l.first_id));
+            delete from parked p where p.id = l.id;
+            v_ids := v_ids || l.first_id; v_grps := v_grps || l.grp; v_grp2s := v_grp2s || l.grp2;
+            v_counts := v_counts || l.deliver_count;
+            v_room := v_room - 1;
+        end loop;
+        if v_ids <> '{}' then
+            insert into leases (token, consumer, source, until, ids, grps, grp2s, counts)
+            values (r.token, p_consumer, v_pos.source, v_until, v_ids, v_grps, v_grp2s, v_counts);
+            done := done + cardinality(v_ids);
+            update consumer_position p set out_count = p.out_count + cardinality(v_ids), parked_count = p.parked_count - cardinality(v_ids)
+             where p.consumer = p_consumer returning p.* into v_pos;
+        end if;
     end loop;
     stale := cardinality(p_ids) - done;
 end $$;
@@ -1224,9 +1265,12 @@ begin
                dead_count = p.dead_count - v_dead
          where p.consumer = p_consumer;
         -- What is revived leads its group again, in front of what became due meanwhile.
-        update parked p set due_at = null where p.consumer = p_consumer and p.due_at is not null and p.grp = any (v_grps)
-           and not p_discard and exists (select from parked q where q.consumer = p_consumer and q.grp = p.grp
-                                         and q.reason <> 'dead' and q.first_id < p.first_id);
+        if not p_discard then
+            update parked p set due_at = null from (select distinct unnest(v_grps) as grp) g
+             where p.consumer = p_consumer and p.due_at is not null and p.grp = g.grp;
+            update parked p set due_at = null from (select distinct unnest(v_grps) as grp) g
+             where p.consumer = p_consumer and p.due_at is not null and p.grp2 = g.grp;
+        end if;
         perform sequin_promote(p_consumer, v_grps);
         perform pg_notify('sequin_consumer', p_consumer::text);
     end if;
@@ -1251,7 +1295,8 @@ begin
 end $$;
 
 -- Undo a hand-out: the pump stops before it has tried these. They keep their place and count as never handed out.
-create function sequin_undo(p_consumer uuid, p_tokens uuid[], p_ids bigint[]) returns integer
+-- Those in p_fresh had failed in the filter or the function, and nobody has had them yet.
+create function sequin_undo(p_consumer uuid, p_tokens uuid[], p_ids bigint[], p_max_batches integer[], p_fresh bigint[]) returns integer
 language plpgsql set enable_seqscan = off set jit = off as $$
 declare
     v_freed integer := 0;
@@ -1268,8 +1313,10 @@ begin
             select u.*, l.source from leases l, unnest(l.ids, l.grps, l.grp2s, l.counts) u(id, grp, grp2, count)
             where l.token = r.token and l.consumer = p_consumer and u.id = any (r.ids)
         loop
-            insert into parked (consumer, source, grp, grp2, first_id, ids, reason, deliver_count, lease_token)
-            values (p_consumer, m.source, m.grp, m.grp2, m.id, array[m.id], 'blocked', m.count - 1, r.token);
+            insert into parked (consumer, source, grp, grp2, first_id, ids, reason, deliver_count, max_batch)
+            values (p_consumer, m.source, m.grp, m.grp2, m.id, array[m.id],
+                    case when m.count > 1 and m.id = any (p_fresh) then 'error' else 'blocked' end, m.count - 1,
+                    p_max_batches[array_position(p_ids, m.id)]);
             v_freed := v_freed + 1;
             v_grps := v_grps || m.grp || m.grp2;
         end loop;

@@ -37,16 +37,15 @@ def take(holder: UUID, limit: int) -> list[UUID]:
     return taken
 
 
-def renew(holder: UUID) -> set[UUID]:
-    """Go on holding; returns the consumers still held, paused and disabled ones left out."""
+def renew(holder: UUID) -> dict[UUID, str]:
+    """Go on holding; returns the consumers still held, each with its status: nobody is given the turn of a paused one."""
     with connection.cursor() as cursor:
         cursor.execute(
             "UPDATE turns t SET until = clock_timestamp() + %s * interval '1 s' FROM consumers_consumer c"
-            " WHERE t.holder = %s AND t.until > clock_timestamp() AND c.id = t.consumer AND c.status = 'active'"
-            " RETURNING t.consumer",
+            " WHERE t.holder = %s AND t.until > clock_timestamp() AND c.id = t.consumer RETURNING t.consumer, c.status",
             [TURN_S, holder],
         )
-        return {row[0] for row in cursor.fetchall()}
+        return dict(cursor.fetchall())
 
 
 def release(holder: UUID, consumers: Iterable[UUID] | None = None) -> None:

@@ -113,6 +113,8 @@ class ClaimedMessage(NamedTuple):
     source_id: UUID
     where_undecided: bool = False
     """Let through because the consumer's filter hangs on something the message does not carry."""
+    is_fresh: bool = False
+    """It was parked, and nobody has had it yet."""
 
 
 def part_failed(messages: Iterable[ClaimedMessage], failed: Collection[int]) -> tuple[list[ClaimedMessage], list[ClaimedMessage]]:

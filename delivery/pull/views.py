@@ -155,7 +155,7 @@ def _take(receiver: Receiver, size: int, looked_at: int = 0) -> Taken:
         made = make(receiver.id, receiver.transform, receiver.to, claim.messages, min(TRANSFORM_S, receiver.ack_wait_ms / 4000))
         ready = settle(receiver.id, claim.token, made)
         if len(ready) > size:
-            claims.give_back(receiver.id, [(claim.token, item.message.id) for item in ready[size:]])
+            claims.give_back(receiver.id, [(claim.token, item.message) for item in ready[size:]])
         return Taken(claim.token, ready[:size], claim.at_end and len(ready) == len(claim.messages) <= size, None)
     finally:
         connection.close()  # back to the pool before anybody waits

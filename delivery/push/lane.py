@@ -15,6 +15,7 @@ from consumers.store.types import ClaimedMessage
 from delivery.push import retry
 
 FIRST_WINDOW = 2
+PROBE_CHOICE = 20  # messages to choose a probe from, so that it need not be one that keeps failing
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,29 +62,36 @@ class InHand:
 class EndpointState:
     """How an endpoint is doing, for all consumers that push to it: its circuit breaker.
 
-    After FAILURES_TO_OPEN failures in a row it is open: one probe at a time, with growing pauses, over all its consumers.
+    After some failures in a row it is open: one probe at a time, with growing pauses, over all its consumers.
     """
 
     failures: int = 0  # in a row
+    troubles: int = 0  # those of them that were the endpoint's and not perhaps the message's
     hold_until: float = 0.0  # no request before: the breaker's pause, or a Retry-After
     opened: int = 0  # how often the breaker has opened
     in_flight: int = 0
 
     @property
     def is_open(self) -> bool:
-        return self.failures >= retry.FAILURES_TO_OPEN
+        return retry.opens(self.troubles, self.failures)
 
     def may_send(self, now: float) -> bool:
         return now >= self.hold_until and not (self.is_open and self.in_flight)
 
     def succeeded(self) -> None:
-        self.failures = 0
+        self.failures = self.troubles = 0
 
-    def failed(self, now: float) -> None:
+    def failed(self, now: float, status: int | None) -> None:
+        was_open = self.is_open
         self.failures += 1
-        if self.failures == retry.FAILURES_TO_OPEN:
-            self.opened += 1
-        self.hold_until = max(self.hold_until, now + retry.hold_s(self.failures))
+        self.troubles += retry.is_trouble(status)
+        self.opened += self.is_open and not was_open
+        self.hold_until = max(self.hold_until, now + retry.hold_s(self.troubles, self.failures))
+
+    def forget(self) -> None:
+        """It was edited: what it did before says nothing any more."""
+        self.failures = self.troubles = 0
+        self.hold_until = 0.0
 
     def hold(self, until: float) -> None:
         self.hold_until = max(self.hold_until, until)
@@ -96,6 +104,7 @@ class Lane:
     pending: list[InHand] = field(default_factory=list)
     in_making: list[InHand] = field(default_factory=list)  # in the consumer's transform
     flights: dict[int, list[InHand]] = field(default_factory=dict)
+    departed: dict[int, float] = field(default_factory=dict)  # when, of each flight
     busy: dict[int, int] = field(default_factory=dict)  # group → requests in flight with it
     window: int = FIRST_WINDOW  # requests at a time, at most the consumer's concurrency
     gained: int = 0  # successes towards the next request at a time, on the ramp after an outage
@@ -103,20 +112,27 @@ class Lane:
     opened: int = 0  # the endpoint's `opened` that this lane knows of
     look_at: float = 0.0  # claim not before; 0: at once
     hungry: bool = True  # there may be something to claim
+    paused: bool = False
+    leaving: bool = False  # the turn is given up as soon as everything in flight is answered
+
+    @property
+    def is_quiet(self) -> bool:
+        """It sends nothing more, for now."""
+        return self.paused or self.leaving
 
     def room(self) -> int:
         """How many messages to claim now."""
-        if self.in_making:
+        if self.is_quiet or self.in_making:
             return 0
         if self.endpoint.is_open:
-            return 0 if self.pending or self.flights else self.target.batch_size
+            return 0 if self.pending or self.flights else PROBE_CHOICE
         wanted = 2 * min(self.target.concurrency, max(self.window, FIRST_WINDOW)) * self.target.batch_size
         held = len(self.pending) + sum(len(batch) for batch in self.flights.values())
         return wanted - held if held * 2 <= wanted else 0
 
     def next_batch(self, now: float) -> list[InHand]:
         """Take the next messages to send together out of `pending`; empty when nothing may go now."""
-        if not self.pending or not self.endpoint.may_send(now):
+        if not self.pending or self.is_quiet or not self.endpoint.may_send(now):
             return []
         if self.opened != self.endpoint.opened:
             # After an outage not everything at once: the endpoint has just come back.
@@ -127,6 +143,9 @@ class Lane:
         rest: list[InHand] = []
         waiting: set[int] = set()  # groups of which an earlier message stays behind
         limit = self.target.batch_size
+        if self.endpoint.is_open:
+            limit = 1
+            self._bring_forward_a_probe()
         for number, item in enumerate(self.pending):
             if len(batch) >= limit:
                 rest.extend(self.pending[number:])
@@ -141,8 +160,9 @@ class Lane:
         self.pending = rest
         return batch
 
-    def depart(self, number: int, batch: list[InHand]) -> None:
+    def depart(self, number: int, batch: list[InHand], now: float) -> None:
         self.flights[number] = batch
+        self.departed[number] = now
         self.endpoint.in_flight += 1
         for group in _groups(batch):
             self.busy[group] = self.busy.get(group, 0) + 1
@@ -150,6 +170,7 @@ class Lane:
     def arrive(self, number: int) -> list[InHand]:
         """The batch of a request that is over; empty when it was dropped meanwhile."""
         batch = self.flights.pop(number, [])
+        self.departed.pop(number, None)
         if batch:
             self.endpoint.in_flight -= 1
         for group in _groups(batch):
@@ -159,6 +180,10 @@ class Lane:
             else:
                 del self.busy[group]
         return batch
+
+    def waits_for_answers(self, now: float, longer_than_s: float) -> bool:
+        """Something is in flight for so long already, at an endpoint that does answer."""
+        return not self.endpoint.is_open and any(now - at > longer_than_s for at in self.departed.values())
 
     def succeeded(self) -> None:
         """A request was answered well: more at a time, doubling at first, one by one on the ramp."""
@@ -173,9 +198,12 @@ class Lane:
             self.window += 1
             self.on_ramp = self.window < most
 
-    def failed(self, now: float) -> None:
-        self.endpoint.failed(now)
-        self.window = 1 if self.endpoint.is_open else max(1, self.window // 2)
+    def failed(self, now: float, status: int | None) -> None:
+        self.endpoint.failed(now, status)
+        if self.endpoint.is_open:
+            self.window = 1
+        elif retry.is_trouble(status):
+            self.window = max(1, self.window // 2)
 
     def close(self) -> None:
         """The lane goes: what it has in flight is nobody's any more."""
@@ -203,6 +231,20 @@ class Lane:
         for number, batch in list(self.flights.items()):
             if any(item.token in gone for item in batch):
                 self.arrive(number)
+
+
+    def _bring_forward_a_probe(self) -> None:
+        """The least tried of those that lead their groups: a poison message says nothing about the endpoint."""
+        leading: list[InHand] = []
+        seen: set[int] = set()
+        for item in self.pending:
+            if not any(group in seen or group in self.busy for group in item.groups):
+                leading.append(item)
+            seen.update(item.groups)
+        if leading:
+            probe = min(leading, key=lambda item: item.message.deliver_count)
+            self.pending.remove(probe)
+            self.pending.insert(0, probe)
 
 
 def _without(items: Iterable[InHand], held: set[tuple[UUID, int]]) -> list[InHand]:

@@ -13,7 +13,6 @@ import random
 import threading
 import time
 from collections import defaultdict
-from datetime import datetime
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 from django.conf import settings
-from django.db import DatabaseError, connection
+from django.db import DatabaseError, connection, transaction
 
 from consumers.backoff import delay_ms
 from consumers.envelope import addressing, idempotency_key, render
@@ -42,7 +41,9 @@ TICK_S = 0.25
 RENEW_TURNS_S = 1.0
 RENEW_LEASES_S = 4.0
 SWEEP_S = 1.0
-LAST_ANSWERS_S = 2.0
+SLOW_S = 0.5  # an answer that takes longer is not cut off when a slice ends
+WIND_DOWN_S = 30.0  # but awaited no longer than so
+LAST_ANSWERS_S = 4.0
 ACKS_EVERY_S = 0.003
 ACKS_AT_ONCE = 200
 TRANSFORM_S = 5.0  # of one batch; what is not begun by then goes back
@@ -69,7 +70,6 @@ class Transformed(NamedTuple):
     """A transform has run on some messages of a consumer."""
 
     consumer_id: UUID
-    version: datetime
     items: list[InHand]
     made: Made
 
@@ -81,6 +81,7 @@ class Pump:
         self.holder = uuid4()
         self._stopping = stopping
         self._stopped = False
+        self._ending = False  # no turns are taken any more
         self._events: queue.SimpleQueue[Outcome | Notice | Transformed] = queue.SimpleQueue()
         self._transforms = ThreadPoolExecutor(TRANSFORMS, "transform")
         self._transport = Transport(self._events, settings.SEQUIN_ALLOWED_NETWORKS)
@@ -100,21 +101,20 @@ class Pump:
         listener = threading.Thread(target=self._listen, name="push-listener", daemon=True)
         listener.start()
         try:
-            while not self._stopped and not self._stopping() and time.monotonic() < end:
+            while self._may_run() and time.monotonic() < end:
                 self._round()
+            self._wind_down()
         finally:
             self._stopped = True
             self._finish()
 
+    def _may_run(self) -> bool:
+        return not self._stopped and not self._stopping()
+
     def _round(self) -> None:
         """Hold turns, claim, send, then take in what has happened."""
         now = time.monotonic()
-        if now - self._renewed_at >= RENEW_TURNS_S:
-            self._renewed_at = now
-            self._hold_turns()
-        if now - self._leases_at >= RENEW_LEASES_S:
-            self._leases_at = now
-            self._renew_leases()
+        self._hold_on(now)
         if now - self._swept_at >= SWEEP_S:
             self._swept_at = now
             self._sweep()
@@ -130,37 +130,70 @@ class Pump:
 
     # Turns and leases ---------------------------------------------------------------------------------------------
 
+    def _hold_on(self, now: float) -> None:
+        """Renew turns and leases when it is time."""
+        if now - self._renewed_at >= RENEW_TURNS_S:
+            self._renewed_at = now
+            self._hold_turns()
+        if now - self._leases_at >= RENEW_LEASES_S:
+            self._leases_at = now
+            self._renew_leases()
+
     def _hold_turns(self) -> None:
         lifecycle.beat("pump", os.environ.get("SEQUIN_CLUSTER", ""))
         self._clock_ahead_s = lifecycle.clock().timestamp() - time.time()
         held = turns.renew(self.holder)
-        for consumer_id in list(self._lanes):
-            if consumer_id not in held:
+        for consumer_id, lane in list(self._lanes.items()):
+            if held.get(consumer_id) not in ("active", "paused"):
                 self._let_go(consumer_id)
+                continue
+            was_paused, lane.paused = lane.paused, held[consumer_id] == "paused"
+            if lane.paused:
+                self._hand_back_pending(lane)
+            lane.hungry = lane.hungry or was_paused
+        self._release_quiet()
+        if not self._ending:
+            self._share()
+
+    def _share(self) -> None:
+        """As many consumers as each pump should serve: give turns up, or take some."""
         active, pumps = turns.shares()
         share = -(-active // max(pumps, 1))
-        if len(held) > share:
-            spare = sorted(held, key=lambda c: len(self._lanes[c].flights) if c in self._lanes else 0)[: len(held) - share]
-            for consumer_id in spare:
-                self._let_go(consumer_id)
-            turns.release(self.holder, spare)
-            held -= set(spare)
-        elif len(held) < share:
-            held |= set(turns.take(self.holder, share - len(held)))
-        missing = held - self._lanes.keys()
-        if missing:
-            for target in _load_targets(missing):
+        mine = [lane for lane in self._lanes.values() if not lane.is_quiet]
+        if len(mine) > share:
+            for lane in sorted(mine, key=lambda lane: len(lane.flights))[: len(mine) - share]:
+                self._leave(lane)
+            self._release_quiet()
+        elif len(mine) < share:
+            for target in _load_targets(set(turns.take(self.holder, share - len(mine)))):
                 self._lanes[target.consumer_id] = Lane(target, self._endpoints[target.endpoint_id])
 
+    def _leave(self, lane: Lane) -> None:
+        """Send nothing more there. What is in flight is answered first: given back, it would be sent twice at once."""
+        lane.leaving = True
+        self._hand_back_pending(lane)
+
+    def _release_quiet(self) -> None:
+        """Give up the turns of lanes that are to go and have nothing in flight any more."""
+        done = [consumer_id for consumer_id, lane in self._lanes.items() if lane.is_quiet and not lane.flights]
+        if done and not self._ending:
+            self._acknowledge()
+            for consumer_id in done:
+                del self._lanes[consumer_id]
+            turns.release(self.holder, done)
+
+    def _hand_back_pending(self, lane: Lane) -> None:
+        pending = lane.pending + lane.in_making
+        lane.pending, lane.in_making = [], []
+        _hand_back(lane, pending)
+
     def _let_go(self, consumer_id: UUID) -> None:
-        """The turn is gone, or goes: what is not answered yet goes back."""
+        """The turn is gone: what is not answered yet goes back."""
         self._acknowledge()
         lane = self._lanes.pop(consumer_id, None)
         if lane is not None:
             lane.close()
-            receipts = [(item.token, item.message.id) for item in lane.items()]
-            if receipts:
-                claims.give_back(consumer_id, receipts)
+            _hand_back(lane, list(lane.items()))
 
     def _renew_leases(self) -> None:
         for lane in self._lanes.values():
@@ -208,7 +241,7 @@ class Pump:
 
         def run() -> None:
             made = make(target.consumer_id, target.transform, target.to, messages, TRANSFORM_S)
-            self._events.put(Transformed(target.consumer_id, target.version, items, made))
+            self._events.put(Transformed(target.consumer_id, items, made))
 
         self._transforms.submit(run)
 
@@ -216,13 +249,10 @@ class Pump:
         lane = self._lanes.get(event.consumer_id)
         if lane is None:
             return  # the turn is gone, and its messages went back
-        if event.version != lane.target.version:
-            self._give_back_unsent(lane)  # it was edited meanwhile
-            return
         ours = {item.message.id: item for item in lane.in_making if item in event.items}
         lane.in_making = [item for item in lane.in_making if item.message.id not in ours]
         if not ours:
-            return
+            return  # they went back: it was paused or edited meanwhile, or their lease was lost
         made = event.made
         still = Made(
             [item for item in made.ready if item.message.id in ours], [message for message in made.dropped if message.id in ours],
@@ -235,7 +265,7 @@ class Pump:
     def _send(self, lane: Lane, now: float) -> None:
         while batch := lane.next_batch(now):
             self._number += 1
-            lane.depart(self._number, batch)
+            lane.depart(self._number, batch, now)
             tag = Flight(lane.target.consumer_id, self._number)
             self._transport.submit(_request(lane.target, batch, tag, time.time() + self._clock_ahead_s))
 
@@ -306,7 +336,7 @@ class Pump:
         if asked is not None:
             lane.endpoint.hold(now + asked)
             lane.look_at = now + asked
-        lane.failed(now)
+        lane.failed(now, outcome.status)
         max_batch = -(-len(batch) // 2) if len(batch) > 1 else None
         error = outcome.error or "failed"
         failures = []
@@ -317,55 +347,59 @@ class Pump:
             failures.append(Failure(item.token, item.message.id, delay, error, outcome.status, "retry", max_batch))
         claims.fail(lane.target.consumer_id, failures)
         lane.drop_behind(batch)
+        if lane.endpoint.is_open:
+            self._hand_back_pending(lane)  # the next probe is chosen from others
         if outcome.status == retry.GONE:
             self._pause(lane)
 
     def _pause(self, lane: Lane) -> None:
         """410: the endpoint is gone for good, so nothing more is sent until somebody resumes the consumer."""
+        lane.paused = True
+        with transaction.atomic():
+            consumer = Consumer.objects.select_for_update().filter(pk=lane.target.consumer_id, status="active").first()
+            if consumer is None:
+                return  # deleted, or somebody was faster
+            consumer.status = "paused"
+            consumer.status_reason = "its endpoint answered 410 Gone, which means: never again"
+            consumer.save(update_fields=["status", "status_reason", "updated_at"])
         log.warning("paused consumer=%s: its endpoint answered 410 Gone", lane.target.consumer_name)
-        consumer = Consumer.objects.get(pk=lane.target.consumer_id)
-        consumer.status = "paused"
-        consumer.status_reason = "its endpoint answered 410 Gone, which means: never again"
-        consumer.save(update_fields=["status", "status_reason", "updated_at"])
 
     def _hear(self, notice: Notice) -> None:
+        if notice.channel == "sequin_config":
+            self._reconfigure()
+        elif notice.channel == "sequin_stop":
+            self._stopped = self._stopped or notice.payload == os.environ.get("SEQUIN_CLUSTER")
+        else:
+            try:
+                self._wake(notice)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                log.warning("not a notice of ours: channel=%s payload=%.100r", notice.channel, notice.payload)
+
+    def _wake(self, notice: Notice) -> None:
         if notice.channel == "sequin_log":
             told = json.loads(notice.payload)
             self._wake_source(UUID(told["source"]), told["relations"])
-        elif notice.channel == "sequin_consumer":
+        else:
             lane = self._lanes.get(UUID(notice.payload))
             if lane is not None:
                 lane.hungry = True
-        elif notice.channel == "sequin_stop":
-            if notice.payload == os.environ.get("SEQUIN_CLUSTER"):
-                self._stopped = True
-        else:
-            self._reconfigure()
 
     def _reconfigure(self) -> None:
         """Something was edited: what is not sent yet goes by the new settings."""
         self._renewed_at = 0.0
         for target in _load_targets(set(self._lanes)):
             lane = self._lanes[target.consumer_id]
-            if target.version != lane.target.version and not lane.in_making:
-                self._give_back_unsent(lane)
             if target.endpoint_id != lane.target.endpoint_id or (target.url, target.headers) != (lane.target.url, lane.target.headers):
                 # Another endpoint, or a mended one: what it did before says nothing any more.
-                self._endpoints[target.endpoint_id].failures = 0
-                self._endpoints[target.endpoint_id].hold_until = 0.0
                 moved = self._endpoints[target.endpoint_id]
+                moved.forget()
                 lane.endpoint.in_flight -= len(lane.flights)
                 moved.in_flight += len(lane.flights)
                 lane.endpoint = moved
+            if target.version != lane.target.version:
+                self._hand_back_pending(lane)  # claimed anew, they go by the new settings
             lane.target = target
             lane.hungry = True
-
-    def _give_back_unsent(self, lane: Lane) -> None:
-        """What was claimed before an edit, and is not sent, is claimed anew: another filter and function may apply."""
-        unsent = lane.pending + lane.in_making
-        lane.pending, lane.in_making = [], []
-        if unsent:
-            claims.give_back(lane.target.consumer_id, [(item.token, item.message.id) for item in unsent])
 
     def _wake_source(self, source_id: UUID, relations: list[int]) -> None:
         for lane in self._lanes.values():
@@ -395,14 +429,30 @@ class Pump:
                 log.warning("push listener lost the store: %s", " ".join(str(error).split())[:200])
                 time.sleep(0.5)
 
+    def _wind_down(self) -> None:
+        """The slice is over: let slow answers come, while the other lanes go on, so that none is cut off and sent again."""
+        self._ending = True
+        deadline = time.monotonic() + WIND_DOWN_S
+        while self._may_run() and (now := time.monotonic()) < deadline:
+            slow = [lane for lane in self._lanes.values() if lane.waits_for_answers(now, SLOW_S)]
+            if not slow:
+                return
+            for lane in slow:
+                self._leave(lane)
+            self._round()
+
     def _finish(self) -> None:
         """Leave nothing behind: what was not sent, or not answered, goes back."""
         try:
+            self._ending = True
+            for lane in self._lanes.values():
+                self._leave(lane)
             # What is in flight may be answered in a moment; given back, it would be sent twice.
             deadline = time.monotonic() + LAST_ANSWERS_S
             self._take_in(0.0)
             while not self._transport_is_idle() and (left := deadline - time.monotonic()) > 0:
                 self._take_in(min(left, TICK_S))
+                self._hold_on(time.monotonic())
             self._acknowledge()
             self._record()
             for consumer_id in list(self._lanes):
@@ -416,7 +466,14 @@ class Pump:
         self._transforms.shutdown(wait=False, cancel_futures=True)
 
 
+def _hand_back(lane: Lane, items: list[InHand]) -> None:
+    if items:
+        claims.give_back(lane.target.consumer_id, [(item.token, item.message) for item in items])
+
+
 def _load_targets(consumer_ids: set[UUID]) -> list[Target]:
+    if not consumer_ids:
+        return []
     found = Consumer.objects.filter(pk__in=consumer_ids, kind="push").select_related("source", "endpoint")
     targets = []
     for consumer in found:

@@ -9,8 +9,10 @@ from email.utils import parsedate_to_datetime
 RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 3600.0
 HONOURED = (429, 503)
 GONE = 410
-FAILURES_TO_OPEN = 5
-HOLD_FIRST_S, HOLD_LONGEST_S = 0.5, 30.0
+FAILURES_TO_OPEN = 5  # in a row, that say something about the endpoint
+REFUSALS_TO_OPEN = 20  # in a row, that may be about the messages
+HOLD_FIRST_S, HOLD_LONGEST_S, HOLD_REFUSED_S = 0.5, 30.0, 1.0
+OVERLOADED = (429, 502, 503, 504)
 
 
 def retry_after_s(status: int, header: str | None, now_s: float) -> float | None:
@@ -28,8 +30,23 @@ def retry_after_s(status: int, header: str | None, now_s: float) -> float | None
     return min(RETRY_AFTER_MAX_S, max(RETRY_AFTER_MIN_S, seconds))
 
 
-def hold_s(failures: int) -> float:
-    """How long an endpoint that failed so often in a row is left alone before the next probe; 0 below the breaker's limit."""
-    if failures < FAILURES_TO_OPEN:
+def is_trouble(status: int | None) -> bool:
+    """Whether a failure is the endpoint's: it did not answer, or has too much to do. Otherwise it may be the message's."""
+    return status is None or status in OVERLOADED
+
+
+def opens(troubles: int, failures: int) -> bool:
+    """Whether the breaker is open after so many failures in a row, of which so many were the endpoint's."""
+    return troubles >= FAILURES_TO_OPEN or failures >= REFUSALS_TO_OPEN
+
+
+def hold_s(troubles: int, failures: int) -> float:
+    """How long an endpoint is left alone before the next probe; 0 while the breaker is closed.
+
+    One that answers at once, if only to refuse, is asked each second: what it refuses may be a stretch of bad messages.
+    """
+    if not opens(troubles, failures):
         return 0.0
-    return min(HOLD_LONGEST_S, HOLD_FIRST_S * float(1 << min(failures - FAILURES_TO_OPEN, 16)))
+    beyond = max(troubles - FAILURES_TO_OPEN, failures - REFUSALS_TO_OPEN)
+    longest = HOLD_LONGEST_S if troubles >= FAILURES_TO_OPEN else HOLD_REFUSED_S
+    return min(longest, HOLD_FIRST_S * float(1 << min(beyond, 16)))

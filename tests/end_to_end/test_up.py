@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from tests.conftest import ROOT, wait_until
@@ -112,9 +113,41 @@ def test_a_stopped_pump_is_replaced(installation: Installation) -> None:
     wait_until(lambda: "after-sigstop" in str(installation.call("GET", "/receiver/arrivals")[1]), 30, "pushes to go on")
 
 
+def test_whatever_is_stopped_is_woken_or_replaced(installation: Installation) -> None:
+    """SIGSTOP of every process at once, the embedded Postgres too: none ends by itself, none beats."""
+    stopped = set(installation.pids()) - {installation.process.pid if installation.process else 0}
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    mark = "after-all-stopped"
+
+    def inserted() -> bool:
+        try:
+            with installation.source() as source:
+                source.execute("INSERT INTO orders (customer_id, status) VALUES (2, %s)", [mark])
+            return True
+        except psycopg.Error:
+            return False
+
+    wait_until(inserted, 60, "Postgres to be woken")
+    wait_until(lambda: web_answers(installation) and mark in str(take_records(installation)), 90, f"{mark} by pull")
+    wait_until(lambda: mark in str(installation.call("GET", "/receiver/arrivals")[1]), 60, f"{mark} at the receiver")
+    for command in ("run_capture", "run_workers", "run_web"):
+        wait_until(lambda: installation.pids(command) and not stopped & set(installation.pids(command)), 60, f"{command} to be replaced")  # noqa: B023
+
+
+def take_records(installation: Installation) -> list[Any]:
+    try:
+        messages = installation.receive(PULL, wait="1s")
+    except OSError:
+        return []
+    if messages:
+        installation.ack(PULL, messages)
+    return [message["data"]["record"] for message in messages]
+
+
 def web_answers(installation: Installation) -> bool:
     try:
-        return installation.call("GET", "/health")[0] in (200, 503)
+        return installation.call("GET", "/health", timeout=5)[0] in (200, 503)
     except OSError:
         return False
 

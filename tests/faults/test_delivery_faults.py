@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter, defaultdict
@@ -29,7 +28,7 @@ from tests.cluster import Cluster
 from tests.conftest import wait_until
 from tests.faults.rig import Scene, timed
 from tests.push.endpoint import Endpoint, Got, status
-from tests.push.test_pump import delivered, endpoint, log, pump, push_to  # noqa: F401
+from tests.push.test_pump import delivered, endpoint, log, pump, pump_process, push_to  # noqa: F401
 from tests.store.test_claims import Log
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -62,14 +61,6 @@ def say(name: str, where: Endpoint, expected: int, extra: str = "") -> None:
     line = f"{name}: {expected} messages, lost {expected - len(seen)}, repeated {repeats}, order {'kept' if kept else 'BROKEN'}{extra}"
     print(line)  # noqa: T201
     assert len(seen) == expected and kept, line
-
-
-def pump_process(seconds: int = 60) -> subprocess.Popen[bytes]:
-    """A pump in a process of its own, on the test's store."""
-    from tests.conftest import process_environment
-
-    code = f"import django; django.setup(); from delivery.push.pump import Pump; Pump().run({seconds})"
-    return subprocess.Popen([sys.executable, "-c", code], env=process_environment(), cwd=os.getcwd())
 
 
 def test_f6_a_worker_stopped_past_its_lease_is_fenced(log: Log, endpoint: Any, pump: Any) -> None:  # noqa: F811

@@ -16,7 +16,7 @@ from consumers.backoff import delay_ms
 from consumers.envelope import Addressing
 from delivery.push import retry, signing
 from consumers.addresses import is_allowed
-from delivery.push.lane import EndpointState, InHand, Lane, Target
+from delivery.push.lane import PROBE_CHOICE, EndpointState, InHand, Lane, Target
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
 
@@ -39,7 +39,20 @@ def test_retry_after(status: int, header: str | None, expected: float | None) ->
 
 
 def test_the_breaker_opens_after_failures_in_a_row() -> None:
-    assert [retry.hold_s(n) for n in (1, 4, 5, 6, 100)] == [0, 0, 0.5, 1, 30]
+    assert [retry.hold_s(n, n) for n in (1, 4, 5, 6, 100)] == [0, 0, 0.5, 1, 30]
+
+
+def test_refusals_that_may_be_about_the_messages_open_it_later_and_probes_come_each_second() -> None:
+    assert [retry.hold_s(0, n) for n in (5, 19, 20, 21, 100)] == [0, 0, 0.5, 1, 1]
+    assert [status for status in (None, 400, 404, 422, 429, 500, 503, 504) if retry.is_trouble(status)] == [None, 429, 503, 504]
+
+
+def test_refusals_leave_the_number_of_requests_at_a_time() -> None:
+    one = lane(concurrency=8)
+    one.failed(0.0, 422)
+    assert one.window == 8
+    one.failed(0.0, 503)
+    assert one.window == 4
 
 
 def test_standard_webhooks_verifies_both_secrets_of_a_rotation() -> None:
@@ -88,9 +101,12 @@ def lane(batch_size: int = 1, concurrency: int = 10, endpoint: EndpointState | N
 TOKEN = uuid4()
 
 
-def held(number: int, group: int, *, group2: int | None = None, max_batch: int | None = None, token: UUID = TOKEN) -> InHand:
+def held(
+    number: int, group: int, *, group2: int | None = None, max_batch: int | None = None, token: UUID = TOKEN, tried: int = 1
+) -> InHand:
     fields: dict[str, Any] = dict.fromkeys(ClaimedMessage._fields)
-    return InHand(token, ClaimedMessage(**{**fields, "id": number, "group": group, "group2": group2, "max_batch": max_batch}))
+    known = {"id": number, "group": group, "group2": group2, "max_batch": max_batch, "deliver_count": tried}
+    return InHand(token, ClaimedMessage(**{**fields, **known}))
 
 
 def ids(batch: list[InHand]) -> list[int]:
@@ -100,7 +116,7 @@ def ids(batch: list[InHand]) -> list[int]:
 def send(one: Lane, number: int, now: float = 0.0) -> list[int]:
     batch = one.next_batch(now)
     if batch:
-        one.depart(number, batch)
+        one.depart(number, batch, now)
     return ids(batch)
 
 
@@ -151,21 +167,50 @@ def test_an_open_breaker_lets_one_probe_through_for_all_consumers_of_the_endpoin
     endpoint = EndpointState()
     one, other = lane(endpoint=endpoint), lane(endpoint=endpoint)
     for _ in range(retry.FAILURES_TO_OPEN):
-        one.failed(now=0.0)
+        one.failed(0.0, None)
     one.pending, other.pending = [held(1, 1), held(2, 2)], [held(3, 3)]
     assert send(one, 1, now=0.1) == send(other, 1, now=0.1) == [], "the pause before the first probe"
-    assert other.room() == 0 and lane(endpoint=endpoint).room() == 1
+    assert other.room() == 0 and lane(endpoint=endpoint).room() == PROBE_CHOICE
     assert send(one, 1, now=1.0) == [1]
     assert send(one, 2, now=1.0) == send(other, 2, now=1.0) == [], "one probe at a time"
     one.arrive(1)
-    one.failed(now=1.0)
+    one.failed(1.0, None)
     assert send(other, 3, now=1.5) == [] and send(other, 3, now=2.5) == [3], "pauses grow"
+
+
+def test_a_probe_is_one_message_the_least_tried_of_those_that_lead_their_groups() -> None:
+    one = lane(batch_size=10)
+    for _ in range(retry.FAILURES_TO_OPEN):
+        one.failed(0.0, None)
+    one.pending = [held(1, 1, tried=9), held(2, 1), held(3, 3, tried=2), held(4, 3), held(5, 5, group2=1)]
+    assert send(one, 1, now=9.0) == [3]
+    one.arrive(1)
+    one.succeeded()
+    assert send(one, 2, now=9.0) == [1, 2, 4, 5]
+
+
+def test_a_lane_that_is_paused_or_leaves_claims_and_sends_nothing() -> None:
+    for how in ("paused", "leaving"):
+        one = lane()
+        one.pending = [held(1, 1)]
+        setattr(one, how, True)
+        assert send(one, 1) == [] and one.room() == 0
+
+
+def test_answers_are_awaited_from_endpoints_that_answer() -> None:
+    one = lane()
+    one.pending = [held(1, 1)]
+    send(one, 1, now=10.0)
+    assert not one.waits_for_answers(10.4, 0.5) and one.waits_for_answers(10.6, 0.5)
+    for _ in range(retry.FAILURES_TO_OPEN):
+        one.failed(10.0, None)
+    assert not one.waits_for_answers(10.6, 0.5)
 
 
 def test_after_an_outage_the_rate_ramps_up_one_by_one() -> None:
     one = lane(concurrency=10)
     for _ in range(retry.FAILURES_TO_OPEN):
-        one.failed(now=0.0)
+        one.failed(0.0, None)
     one.pending = [held(number, number) for number in range(200)]
     sizes = []
     number = 0

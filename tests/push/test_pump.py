@@ -1,6 +1,8 @@
 """A pump on real sockets and the real store."""
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +16,7 @@ from consumers import changes
 from consumers.models import Consumer, HttpEndpoint
 from consumers.store import lifecycle
 from delivery.push.pump import Pump
-from tests.conftest import wait_until
+from tests.conftest import ROOT, process_environment, wait_until
 from tests.push.endpoint import Endpoint, Got, status
 from tests.store.test_claims import Log
 
@@ -267,6 +269,163 @@ def test_a_stopped_pump_gives_back_what_it_has(log: Log, endpoint: Any, pump: An
     delivered(consumer, 2)
     assert sorted(second.ids) == [1, 2]
     where.closing.set()
+
+
+def held_back(where: Endpoint) -> threading.Event:
+    """Let the endpoint answer only when the event is set."""
+    release = threading.Event()
+
+    def answer(got: Got, handler: Any) -> None:
+        release.wait(30)
+        status(204)(got, handler)
+
+    where.answer = answer
+    return release
+
+
+def pump_process(seconds: int = 60) -> subprocess.Popen[bytes]:
+    """A pump in a process of its own, on the test's store."""
+    code = f"import django; django.setup(); from delivery.push.pump import Pump; Pump().run({seconds})"
+    return subprocess.Popen([sys.executable, "-c", code], env=process_environment(), cwd=ROOT)
+
+
+def turns_of(pump: Pump) -> int:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM turns WHERE holder = %s", [pump.holder])
+        return int(cursor.fetchone()[0])
+
+
+def test_turns_move_to_another_pump_without_a_message_sent_twice(log: Log, endpoint: Any, pump: Any) -> None:
+    where = endpoint()
+    release = held_back(where)
+    consumers = [push_to(log, where, timeout_ms=60_000) for _ in range(4)]
+    log.append(log.row(1), log.row(1))
+    first = pump()
+    wait_until(lambda: len(where.got) == 4, 10, "a request of each")
+    second = pump_process()
+    try:
+        wait_until(lambda: sum(lane.leaving for lane in first._lanes.values()) == 2, 20, "two to be given up")
+        assert len(where.got) == 4 and turns_of(first) == 4, "not before what is in flight is answered"
+        release.set()
+        for consumer in consumers:
+            delivered(consumer, 2)
+        wait_until(lambda: turns_of(first) == 2, 10, "the turns to be shared")
+        assert sorted(where.ids) == [1] * 8
+    finally:
+        second.kill()
+        second.wait()
+
+
+def test_the_end_of_a_slice_cuts_no_slow_answer_off(log: Log, endpoint: Any) -> None:
+    where, quick = endpoint(), endpoint()
+    release = held_back(where)
+    slow, other = push_to(log, where, timeout_ms=60_000), push_to(log, quick)
+    log.append(log.row(1))
+    made = Pump()
+
+    def run() -> None:
+        try:
+            made.run(0.5)
+        finally:
+            connection.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_until(lambda: made._ending and any(lane.leaving for lane in made._lanes.values()), 10, "the slice to end")
+    log.append(log.row(2))
+    delivered(other, 2)  # the others go on meanwhile
+    release.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    delivered(slow, 1)
+    assert where.ids.count(1) == 1
+
+
+def test_pausing_lets_what_is_in_flight_be_answered(log: Log, endpoint: Any, pump: Any) -> None:
+    where = endpoint()
+    release = held_back(where)
+    consumer = push_to(log, where, timeout_ms=60_000, concurrency=1)
+    log.append(log.row(1), log.row(2))
+    pump()
+    wait_until(lambda: where.got, 10, "the request")
+    configured = Consumer.objects.get(pk=consumer)
+    configured.status = "paused"
+    changes.save(configured)
+    wait_until(lambda: lifecycle.backlog(consumer).blocked == 1, 10, "the other one to be given back")
+    release.set()
+    delivered(consumer, 1)
+    configured.status = "active"
+    changes.save(configured)
+    delivered(consumer, 2)
+    assert where.ids == [1, 2]
+
+
+def test_an_edit_of_what_is_wanted_applies_to_all_that_is_not_sent(log: Log, endpoint: Any, pump: Any) -> None:
+    where = endpoint()
+    release = held_back(where)
+    consumer = push_to(log, where, timeout_ms=60_000, concurrency=1)
+    log.append(log.row(1), log.row(2), log.row(3, action=b"D"))
+    pump()
+    wait_until(lambda: where.got, 10, "the request")
+    configured = Consumer.objects.get(pk=consumer)
+    configured.actions = ["delete"]
+    changes.save(configured)
+
+    def in_hand() -> bool:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT EXISTS (SELECT FROM leases, messages m WHERE m.id = ANY (ids) AND m.action = 'D')")
+            return bool(cursor.fetchone()[0])
+
+    wait_until(in_hand, 10, "the rest to be claimed anew")
+    release.set()
+    delivered(consumer, 2)
+    assert where.ids == [1, 3] and lifecycle.backlog(consumer).undelivered == 0
+
+
+def test_a_consumer_deleted_in_flight_harms_nobody(log: Log, endpoint: Any, pump: Any) -> None:
+    where, other = endpoint(status(410)), endpoint()
+    goes, stays = push_to(log, where), push_to(log, other)
+    release = threading.Event()
+
+    def answer(got: Got, handler: Any) -> None:
+        release.wait(30)
+        status(410)(got, handler)
+
+    where.answer = answer
+    log.append(log.row(1))
+    pump()
+    wait_until(lambda: where.got, 10, "the request")
+    changes.delete(Consumer.objects.get(pk=goes), discard=True)
+    release.set()
+    log.append(log.row(2))
+    delivered(stays, 2)
+
+
+def test_strange_notices_do_no_harm(log: Log, endpoint: Any, pump: Any) -> None:
+    where = endpoint()
+    consumer = push_to(log, where)
+    running = pump()
+    wait_until(lambda: running._lanes, 10, "the turn")
+    with connection.cursor() as cursor:
+        for channel in ("sequin_log", "sequin_consumer", "sequin_config", "sequin_stop"):
+            for payload in ("", "junk", "{}", "[]", '{"source": 1}', "consumer:x"):
+                cursor.execute("SELECT pg_notify(%s, %s)", [channel, payload])
+    log.append(log.row(1))
+    delivered(consumer, 1)
+
+
+def test_many_poison_messages_starve_nobody(log: Log, endpoint: Any, pump: Any) -> None:
+    """The breaker opens for an endpoint that answers badly to some messages only; a probe with another one closes it."""
+
+    def answer(got: Got, handler: Any) -> None:
+        status(500 if got.ids[0] < 22 else 204)(got, handler)
+
+    where = endpoint(answer)
+    consumer = push_to(log, where, concurrency=2)
+    log.append(*[log.row(key) for key in range(60)])
+    pump()
+    delivered(consumer, 38, timeout=40)
+    assert lifecycle.backlog(consumer).undelivered == 22
 
 
 def test_resuming_delivers_what_was_collected(log: Log, endpoint: Any, pump: Any) -> None:

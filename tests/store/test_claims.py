@@ -12,7 +12,7 @@ from django.db import connection
 from consumers.models import Consumer, Source
 from consumers.store import claims, lifecycle
 from consumers.store.appender import Appender, ProgressMoved
-from consumers.store.types import ColumnShape, Failure, LogRow, Progress, RelationShape
+from consumers.store.types import ClaimedMessage, ColumnShape, Failure, LogRow, Progress, RelationShape
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -67,12 +67,26 @@ def receipts(claim: Any) -> list[tuple[UUID, int]]:
     return [(claim.token, message.id) for message in claim.messages]
 
 
+def unsent(named: list[tuple[UUID, int]], max_batch: int | None = None) -> list[tuple[UUID, ClaimedMessage]]:
+    """Receipts as what a pump holds and did not send."""
+    nothing: dict[str, Any] = dict.fromkeys(ClaimedMessage._fields)
+    return [(token, ClaimedMessage(**{**nothing, "id": id_, "max_batch": max_batch})) for token, id_ in named]
+
+
 def take(consumer: UUID, limit: int = 100, lease_ms: int = 100_000) -> Any:
     return claims.claim(consumer, limit, lease_ms=lease_ms)
 
 
 def keys(claim: Any) -> list[str]:
     return [message.key for message in claim.messages]
+
+
+def parked_count(consumer: UUID) -> tuple[int, int]:
+    """By the counter, and by the rows; dead letters apart."""
+    return fetch(
+        "SELECT parked_count, (SELECT coalesce(sum(cardinality(ids)), 0)::int FROM parked WHERE consumer = p.consumer AND reason <> 'dead')"
+        " FROM consumer_position p WHERE consumer = %s", consumer,
+    )[0]  # type: ignore[return-value]  # fmt: skip
 
 
 def test_messages_come_in_log_order_and_once(log: Log) -> None:
@@ -130,6 +144,84 @@ def test_an_ack_after_the_lease_counts_until_the_next_hand_out(log: Log) -> None
     second = take(consumer, lease_ms=100_000)
     assert keys(second) == ['["2"]'] and second.messages[0].deliver_count == 2
     assert claims.ack(consumer, receipts(first)[1:]) == (0, 1)
+
+
+def test_an_extend_after_the_lease_counts_until_the_next_hand_out(log: Log) -> None:
+    consumer = log.consumer()
+    log.append(log.row(1), log.row(2), log.row(2))
+    first = take(consumer)
+    fetch("UPDATE leases SET until = now()")
+    assert keys(take(consumer, 1)) == ['["1"]']  # the other two are parked
+    assert claims.extend(consumer, receipts(first), 100_000) == (2, 1)
+    assert not take(consumer).messages
+    assert claims.ack(consumer, receipts(first)) == (2, 1)
+    assert parked_count(consumer) == (0, 0)
+
+
+def test_what_an_edit_leaves_out_of_a_run_is_dropped_and_counted_once(log: Log) -> None:
+    consumer = log.consumer()
+    log.append(log.row(1))
+    first = take(consumer)
+    log.append(*[log.row(1, action=b"ID"[n % 2 : n % 2 + 1]) for n in range(10)])
+    assert not take(consumer).messages
+    Consumer.objects.filter(pk=consumer).update(actions=["insert"])
+    claims.ack(consumer, receipts(first))
+    for left in (4, 3, 0):
+        got = take(consumer, 1 if left else 100)
+        assert parked_count(consumer) == (left, left)
+        claims.ack(consumer, receipts(got))
+
+
+def test_while_a_partition_goes_a_message_in_both_places_comes_once(log: Log) -> None:
+    consumer = log.consumer()
+    log.append(log.row(1))
+    first = take(consumer)
+    log.append(log.row(1), log.row(1))
+    assert not take(consumer).messages
+    fetch("INSERT INTO kept_messages SELECT * FROM messages")
+    claims.ack(consumer, receipts(first))
+    assert len(take(consumer).messages) == 2
+
+
+def test_a_void_receipt_never_finishes_what_joined_its_message(log: Log) -> None:
+    consumer = log.consumer()
+    log.append(log.row(1), log.row(1), log.row(1))
+    first = take(consumer)
+    claims.give_back(consumer, unsent(receipts(first)))
+    take(consumer, 1)
+    log.append(log.row(1), log.row(1))
+    take(consumer)  # these join the parked run
+    assert claims.ack(consumer, receipts(first)) == (0, 3)
+    assert parked_count(consumer) == (4, 4)
+
+
+def test_a_revived_dead_letter_goes_before_what_follows_it_in_either_of_its_groups(log: Log) -> None:
+    consumer = log.consumer(max_deliver=1)
+    log.append(log.row(2, old_key=1))
+    claims.nack(consumer, receipts(take(consumer)))
+    Consumer.objects.filter(pk=consumer).update(max_deliver=None)
+    log.append(log.row(1))
+    claims.nack(consumer, receipts(take(consumer)))
+    assert lifecycle.retry(consumer, state="dead") == 1
+    revived = take(consumer)
+    assert keys(revived) == ['["2"]']
+    claims.ack(consumer, receipts(revived))
+    assert keys(take(consumer)) == ['["1"]']
+
+
+@pytest.mark.parametrize("limit", [1, 10])
+def test_what_is_given_back_again_and_again_keeps_nobody_from_the_rest(log: Log, limit: int) -> None:
+    consumer = log.consumer()
+    log.append(*[log.row(key) for key in range(40)])
+    done = 0
+    for _ in range(500):  # by chance it is one or the other: enough for any chance
+        claim = take(consumer, limit)
+        bad = [(claim.token, m.id) for m in claim.messages if int(m.key[2:-2]) < 20]
+        claims.nack(consumer, bad)
+        done += claims.ack(consumer, [receipt for receipt in receipts(claim) if receipt not in bad]).done
+        if done == 20:
+            return
+    pytest.fail(f"{done} of 20 came beside 20 that were always given back")
 
 
 def test_max_deliver_makes_a_dead_letter_and_frees_the_group(log: Log) -> None:
@@ -283,7 +375,7 @@ def test_random_use_loses_nothing_and_keeps_order(log: Log, seed: int) -> None:
             elif what < 0.92:
                 claims.extend(consumer, named, chance.choice([1, 100_000]))
             else:
-                claims.give_back(consumer, named)
+                claims.give_back(consumer, unsent(named))
             forget_lost()
         check_counts()
     fetch("UPDATE leases SET until = now() WHERE consumer = %s", consumer)

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from consumers.models import Consumer
 from consumers.store import claims, lifecycle
 from consumers.store.types import ColumnShape, Failure, LogRow, RelationShape
-from tests.store.test_claims import OID, Log, fetch
+from tests.store.test_claims import OID, Log, fetch, unsent
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -145,14 +145,16 @@ class Engine(RuleBasedStateMachine):
 
     # Receivers ----------------------------------------------------------------------------------------------
 
-    @rule(limit=st.sampled_from([1, 1, 2, 5, 20, 100]), times=st.integers(1, 3))
-    def receive(self, limit: int, times: int) -> None:
+    @rule(limit=st.sampled_from([1, 1, 2, 5, 20, 100]), times=st.integers(1, 3), most_bytes=st.sampled_from([None, None, 1, 60]))
+    def receive(self, limit: int, times: int, most_bytes: int | None) -> None:
         for _ in range(times):
-            self.claim(limit)
+            self.claim(limit, most_bytes)
 
-    def claim(self, limit: int) -> list[Receipt]:
+    def claim(self, limit: int, most_bytes: int | None = None) -> list[Receipt]:
         before = self.rows()
-        claim = claims.claim(self.id, limit, lease_ms=HOUR_MS, holder=uuid4())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(claims, "MAX_CLAIM_BYTES", most_bytes or claims.MAX_CLAIM_BYTES)
+            claim = claims.claim(self.id, limit, lease_ms=HOUR_MS, holder=uuid4())
         after = self.rows()
         batch = [message.id for message in claim.messages]
         self.note_taken(before, after)
@@ -234,23 +236,31 @@ class Engine(RuleBasedStateMachine):
             assert any(self.messages[other].groups & self.messages[id_].groups for other in leading)
             if failed:
                 self.delivered[id_] -= 1
+                del self.valid[id_]
 
     @rule(chosen=picks, junk=st.booleans())
     def extend(self, chosen: list[int], junk: bool) -> None:
         named = self.any_receipts(chosen) + (self.junk() if junk else [])
-        out = self.rows().out
-        good = {id_ for token, id_ in named if out.get(id_) == token}
-        assert claims.extend(self.id, named, HOUR_MS) == (len(good), len(named) - len(good))
-        assert self.rows().out == out
+        before = self.rows()
+        good = {id_ for token, id_ in named if before.out.get(id_) == token}
+        settled = claims.extend(self.id, named, HOUR_MS)
+        after = self.rows()
+        late = {id_ for token, id_ in named if self.valid.get(id_) == token} - before.out.keys() - before.dead
+        revived = after.out.keys() - before.out.keys()
+        assert settled == (len(good | revived), len(named) - len(good | revived)) and revived <= late
+        assert after.out == before.out | {id_: self.valid[id_] for id_ in revived}
+        leading = {id_ for row in before.parked if row.due for id_ in row.ids}
+        assert late & leading <= revived or len(after.out) >= self.settings["max_ack_pending"]
 
     @rule(chosen=picks)
     def undo(self, chosen: list[int]) -> None:
         named = self.any_receipts(chosen)
         out = self.rows().out
         good = {id_ for token, id_ in named if out.get(id_) == token}
-        assert claims.give_back(self.id, named) == len(good)
+        assert claims.give_back(self.id, unsent(named, 7)) == len(good)
         for id_ in good:
             self.delivered[id_] -= 1
+            del self.valid[id_]
 
     @rule(chosen=picks, junk=st.booleans())
     def another_consumer_settles(self, chosen: list[int], junk: bool) -> None:
@@ -271,6 +281,14 @@ class Engine(RuleBasedStateMachine):
         fetch("UPDATE parked SET not_before = clock_timestamp() WHERE consumer = %s AND not_before IS NOT NULL", self.id)
         fetch("UPDATE parked SET due_at = clock_timestamp() WHERE consumer = %s AND due_at > clock_timestamp()", self.id)
         self.delayed.clear()
+
+    @rule()
+    def a_partition_is_about_to_go(self) -> None:
+        """What is out or parked is copied before the partition is detached; until then both hold it."""
+        fetch(
+            "INSERT INTO kept_messages SELECT m.* FROM messages m JOIN (SELECT unnest(ids) AS id FROM leases UNION"
+            " SELECT unnest(ids) FROM parked) needed USING (id) ON CONFLICT DO NOTHING"
+        )
 
     # People -------------------------------------------------------------------------------------------------
 

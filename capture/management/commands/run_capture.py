@@ -23,7 +23,7 @@ class Command(BaseCommand):
 
     def handle(self, *_: Any, **options: Any) -> None:
         if options["reader"]:
-            die_with_parent(signal.SIGTERM)
+            die_with_parent(signal.SIGKILL)  # a stopped process would keep anything less for later, and the source with it
             if os.getppid() == 1:
                 return
             source = Source.objects.filter(pk=options["reader"]).first()

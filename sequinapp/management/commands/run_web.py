@@ -4,6 +4,7 @@ granian in WSGI mode, one process: a long poll holds a parked thread there and n
 """
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import socket
@@ -20,6 +21,8 @@ from consumers.parent import die_with_parent
 SPARE_THREADS = 100  # for those that do not wait
 KILL_AFTER_S = 2
 BACKLOG = 2048
+BEAT_EVERY_S, ANSWER_WITHIN_S = 2, 15
+ALIVE_PATH = "/-/alive"  # is nowhere: a 404 is an answer, and costs no look at the store
 
 
 class Command(BaseCommand):
@@ -53,7 +56,7 @@ class Command(BaseCommand):
             log_enabled=False,
             working_dir=Path(settings.BASE_DIR),
         )
-        os.environ["SEQUIN_WEB_BEATS"] = "1"
+        os.environ["SEQUIN_WEB_BEATS"] = f"{dialled(host)}:{port}"
         self.stderr.write(f"serving http://{host}:{port}")
         server.serve()
 
@@ -69,8 +72,8 @@ def demand_free(host: str, port: int) -> None:
         raise CommandError(f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port", returncode=2) from None
 
 
-def beat_while_serving() -> None:
-    """Say every two seconds that this web process is alive and reaches the store."""
+def beat_while_serving(address: str) -> None:
+    """Say every two seconds that this web process reaches the store, as long as it answers requests too."""
     from django.db import DatabaseError, connection
 
     from consumers.store import lifecycle
@@ -79,11 +82,37 @@ def beat_while_serving() -> None:
         pause = threading.Event()
         while True:
             try:
-                lifecycle.beat("web")
+                if _answers(address):
+                    lifecycle.beat("web")
             except DatabaseError:
                 pass
             finally:
                 connection.close()
-            pause.wait(2)
+            pause.wait(BEAT_EVERY_S)
 
     threading.Thread(target=beat, name="web-heartbeat", daemon=True).start()
+
+
+def _answers(address: str) -> bool:
+    """Whether a request gets through to Django and back; what the answer is does not matter."""
+    conn = http.client.HTTPConnection(address, timeout=ANSWER_WITHIN_S)
+    try:
+        conn.request("GET", ALIVE_PATH, headers={"Host": _allowed_host()})
+        conn.getresponse().read()
+        return True
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        conn.close()
+
+
+def _allowed_host() -> str:
+    """A name that Django answers to."""
+    names = [name.lstrip(".") for name in settings.ALLOWED_HOSTS if name != "*"]
+    return names[0] if names else "localhost"
+
+
+def dialled(host: str) -> str:
+    """Where this machine reaches a server that listens on `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host

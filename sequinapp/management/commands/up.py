@@ -27,7 +27,7 @@ from consumers.tokens import create_token, find_caller
 from sequinapp import playground
 from sequinapp.embedded_postgres import EmbeddedPostgres
 from sequinapp.env import read_or_make
-from sequinapp.management.commands.run_web import demand_free
+from sequinapp.management.commands.run_web import demand_free, dialled
 from sequinapp.supervision import Child, Supervisor
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ LOOPBACK = "127.0.0.0/8,::1/128"
 WEB_START_S = 60
 TOKEN_NAME = "up"
 OLDEST_STORE = 140_000
+WAKE_STORE_AFTER_S, KILL_STORE_AFTER_S = 15.0, 60.0
 
 
 class Command(BaseCommand):
@@ -50,9 +51,9 @@ class Command(BaseCommand):
         self._host, self._port = options["host"], options["port"]
         self._postgres: EmbeddedPostgres | None = None
         self._server: Any = None
-        self._restart_at = 0.0
+        self._restart_at = self._woken_at = 0.0
         lock = _lock_home(settings.SEQUIN_HOME)
-        supervisor = Supervisor([], lambda: None)
+        supervisor = self._supervisor = Supervisor([], lambda: None)
         lines: list[str] = []
         signal.signal(signal.SIGTERM, _interrupt)
         try:
@@ -63,7 +64,7 @@ class Command(BaseCommand):
             lines += [*self._administrator(), *self._token()]
             lines += self._playground(not options["no_playground"])
             connections.close_all()
-            supervisor = self._supervisor()
+            supervisor = self._supervisor = self._make_supervisor()
             signal.signal(signal.SIGTERM, supervisor.stop)
             signal.signal(signal.SIGINT, supervisor.stop)
             supervisor.start()
@@ -112,17 +113,31 @@ class Command(BaseCommand):
         connection.settings_dict["PORT"] = str(self._postgres.port)
 
     def _keep_store(self) -> None:
-        """Start the embedded Postgres again when it has died."""
-        if self._server is None or self._server.poll() is None or time.monotonic() < self._restart_at:
+        """Start the embedded Postgres again when it has died; wake it, in the end kill it, when it answers nobody."""
+        if self._server is None or self._postgres is None:
+            return
+        if self._server.poll() is None:
+            self._keep_store_awake()
+            return
+        if time.monotonic() < self._restart_at:
             return
         log.warning("the embedded Postgres ended with status %s: started again", self._server.returncode)
         self._restart_at = time.monotonic() + 2
-        assert self._postgres is not None
         try:
             self._server = self._postgres.start()
         except ImproperlyConfigured as error:
             log.error("%s", error)
         connections.close_all()
+
+    def _keep_store_awake(self) -> None:
+        assert self._postgres is not None
+        silent_s = self._supervisor.beats.silent_s()
+        if silent_s < WAKE_STORE_AFTER_S or time.monotonic() < self._woken_at + WAKE_STORE_AFTER_S:
+            return
+        self._woken_at = time.monotonic()
+        how = signal.SIGKILL if silent_s > KILL_STORE_AFTER_S else signal.SIGCONT
+        log.warning("the embedded Postgres has not answered for %.0f s: %s", silent_s, how.name)
+        self._postgres.signal_all(how)
 
     # What a newcomer needs ----------------------------------------------------------------------------------------------
 
@@ -176,7 +191,7 @@ class Command(BaseCommand):
 
     # The processes --------------------------------------------------------------------------------------------------------
 
-    def _supervisor(self) -> Supervisor:
+    def _make_supervisor(self) -> Supervisor:
         web = ["run_web", "--host", self._host, "--port", str(self._port)]
         children = [Child("web", web), Child("capture", ["run_capture"]), Child("workers", ["run_workers"])]
         return Supervisor(children, self._keep_store)
@@ -193,8 +208,7 @@ class Command(BaseCommand):
                 time.sleep(0.1)
 
     def _url(self, path: str) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._host, f"[{self._host}]" if ":" in self._host else self._host)
-        return f"http://{host}:{self._port}{path}"
+        return f"http://{dialled(self._host)}:{self._port}{path}"
 
 
 def _interrupt(*_: Any) -> None:

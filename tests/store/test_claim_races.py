@@ -1,0 +1,154 @@
+"""The engine under receivers, watchers and editors that all run at once, on leases short enough to end in their hands.
+
+What is checked holds whatever the timing: while a receiver holds a message, nothing earlier of its key is out elsewhere or
+parked; an ack that counted was the only one; and in the end everything was acked.
+"""
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+import pytest
+from django.db import connection
+
+from consumers.models import Consumer
+from consumers.store import claims, lifecycle
+from consumers.store.types import Failure
+from tests.conftest import wait_until
+from tests.store.test_claims import Log, fetch, log, parked_count, unsent  # noqa: F401
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+RECEIVERS, KEYS, ROWS = 5, 30, 500
+
+# While $1 (a token) holds $2 (a message): what of the same key is earlier and neither finished nor under the same token.
+OVERTAKEN_SQL = """
+    SELECT e.id FROM messages m JOIN messages e ON e.key = m.key AND e.id < m.id
+    WHERE m.id = %(id)s AND EXISTS (SELECT FROM leases WHERE token = %(token)s AND %(id)s = ANY (ids))
+      AND (EXISTS (SELECT FROM leases l WHERE e.id = ANY (l.ids) AND l.token <> %(token)s)
+           OR EXISTS (SELECT FROM parked p WHERE e.id = ANY (p.ids)))
+"""
+
+
+class Threads:
+    """Run until stopped; the first error of any of them is raised at the end."""
+
+    def __init__(self) -> None:
+        self.stopping = threading.Event()
+        self.errors: list[BaseException] = []
+        self._threads: list[threading.Thread] = []
+
+    def go(self, step: Callable[[random.Random], Any]) -> None:
+        def run(seed: int) -> None:
+            chance = random.Random(seed)
+            try:
+                while not self.stopping.is_set():
+                    step(chance)
+            except BaseException as error:  # noqa: BLE001  (shown by `finish`)
+                self.errors.append(error)
+            finally:
+                connection.close()
+
+        thread = threading.Thread(target=run, args=(len(self._threads),))
+        self._threads.append(thread)
+        thread.start()
+
+    def finish(self) -> None:
+        self.stopping.set()
+        for thread in self._threads:
+            thread.join(30)
+        if self.errors:
+            raise self.errors[0]
+
+
+def test_receivers_editors_and_watchers_at_once(log: Log) -> None:  # noqa: F811
+    consumer = log.consumer(max_ack_pending=40)
+    threads = Threads()
+    acked: Counter[int] = Counter()
+    lock = threading.Lock()
+
+    def ack(token: UUID, id_: int) -> None:
+        if claims.ack(consumer, [(token, id_)]).done:
+            with lock:
+                acked[id_] += 1
+
+    def receive(chance: random.Random) -> None:
+        claim = claims.claim(consumer, chance.choice([1, 3, 10]), lease_ms=chance.choice([5, 30, 300]))
+        if claim.token is None:
+            threads.stopping.wait(0.002)
+            return
+        named = [(claim.token, message.id) for message in claim.messages]
+        with connection.cursor() as cursor:
+            cursor.execute(OVERTAKEN_SQL, {"token": claim.token, "id": chance.choice(claim.messages).id})
+            assert not cursor.fetchall(), "a key was overtaken"
+        if chance.random() < 0.1:
+            threads.stopping.wait(chance.choice([0.004, 0.01, 0.05]))  # longer than some leases: the ack comes late
+        what = chance.random()
+        if what < 0.06:
+            claims.nack(consumer, named, chance.choice([0, 0, 5]))
+        elif what < 0.12:
+            claims.fail(consumer, [Failure(token, id_, 1, "answered 500", 500) for token, id_ in named])
+        elif what < 0.18:
+            claims.give_back(consumer, unsent(named))
+        elif what < 0.24:
+            claims.extend(consumer, named, chance.choice([200, 1]))
+        elif what < 0.3:
+            pass  # a receiver that died: its lease ends
+        else:
+            if what < 0.5:
+                chance.shuffle(named)
+                named = named[: max(1, len(named) // 2)]
+            for token, id_ in named:  # one at a time: whether that one counted is known for certain
+                ack(token, id_)
+
+    def edit(chance: random.Random) -> None:
+        Consumer.objects.filter(pk=consumer).update(
+            status=chance.choice(["active"] * 4 + ["paused"]), max_ack_pending=chance.choice([2, 40, 400]), max_per_group=chance.choice([None, 1, 2])
+        )  # fmt: skip
+        lifecycle.retry(consumer, state="parked")
+        lifecycle.backlog(consumer)
+        claims.renew([row[0] for row in fetch("SELECT token FROM leases WHERE consumer = %s LIMIT 1", consumer)], 50)
+        threads.stopping.wait(0.02)
+
+    appended = 0
+    for _ in range(RECEIVERS):
+        threads.go(receive)
+    threads.go(edit)
+    chance = random.Random(99)
+    try:
+        while appended < ROWS and not threads.errors:
+            count = chance.randrange(1, 60)
+            log.append(*[log.row(chance.randrange(KEYS)) for _ in range(count)])
+            appended += count
+            threads.stopping.wait(0.005)
+        wait_until(lambda: threads.errors or len(acked) > appended // 2, 60, "half of it to be acked")
+    finally:
+        threads.finish()
+    _work_off(consumer, ack)
+    everything = [row[0] for row in fetch("SELECT id FROM messages ORDER BY id")]
+    assert sorted(acked) == everything, "every message was acked"
+    assert set(acked.values()) == {1}, "no ack counted twice"
+    assert parked_count(consumer) == (0, 0)
+    assert fetch("SELECT out_count, acked_count FROM consumer_position WHERE consumer = %s", consumer)[0] == (0, len(everything))
+
+
+def _work_off(consumer: UUID, ack: Callable[[UUID, int], None]) -> None:
+    """Everything left comes to one receiver, once all leases and delays are over."""
+    Consumer.objects.filter(pk=consumer).update(status="active", max_ack_pending=10_000, max_per_group=None)
+    fetch("UPDATE leases SET until = now() WHERE consumer = %s", consumer)
+    lifecycle.retry(consumer, state="parked")
+
+    def step() -> bool:
+        claim = claims.claim(consumer, 1000, lease_ms=60_000)
+        if claim.token is None:
+            return claim.at_end and claim.next_due_ms is None
+        for message in claim.messages:
+            ack(claim.token, message.id)
+        return False
+
+    wait_until(step, 60, "the rest to be worked off")
+
