@@ -1,7 +1,6 @@
 """The part of the pre-flight that looks at the publication, its tables, and what the consumers ask of them."""
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from consumers.filters.grammar import parse
 from consumers.findings import Finding, Server
 from consumers.models import Consumer, Source
 from consumers.publication import missing, published, qualified, without_identity
@@ -77,7 +77,7 @@ def _check_asked(conn: psycopg.Connection[Any], source: Source, consumers: list[
 
 def _check_old_values(conn: psycopg.Connection[Any], tables: list[str], consumers: list[Consumer]) -> Iterator[Finding]:
     """Tables whose replica identity does not give what a consumer's `where` compares with."""
-    asking = [consumer for consumer in consumers if asks_for_old_values(consumer.where)]
+    asking = [consumer for consumer in consumers if consumer.where and parse(consumer.where).asks_for_old_values]
     wanted = [
         table for table in tables
         if any(not c.tables or table in c.tables or table.split(".", 1)[0] + ".*" in c.tables for c in asking)
@@ -96,15 +96,6 @@ def _check_old_values(conn: psycopg.Connection[Any], tables: list[str], consumer
             f"{table} does not give its old values, which a consumer's where asks for: those messages are delivered undecided",
             f"ALTER TABLE {qualified(table).as_string(conn)} REPLICA IDENTITY FULL;",
         )  # fmt: skip
-
-
-def asks_for_old_values(where: str) -> bool:
-    """Whether a consumer's expression names the row before: `old.x`, outside of texts.
-
-    >>> asks_for_old_values("new.a IS DISTINCT FROM old.a"), asks_for_old_values("a = 'old.b'"), asks_for_old_values("threshold.x")
-    (True, False, False)
-    """
-    return re.search(r"(?i)(?<![\w$\"])\"?old\"?\s*\.", re.sub(r"'(?:[^']|'')*'", "''", where)) is not None
 
 
 def _check_select(conn: psycopg.Connection[Any], source: Source, tables: list[str]) -> Iterator[Finding]:

@@ -89,6 +89,11 @@ class Condition:
         ]
         return sorted(found, key=lambda reference: reference.position)
 
+    @property
+    def asks_for_old_values(self) -> bool:
+        """It names the row before: `old.x`."""
+        return any(reference.parts[0] == "old" and len(reference.parts) == 2 for reference in self.references())
+
     def position(self, location: int) -> int:
         """A node's place in bytes of what was parsed, as a character of the text."""
         return len((PREFIX + self.text).encode()[:location].decode("utf-8", "ignore")) - len(PREFIX)
