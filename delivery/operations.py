@@ -12,7 +12,7 @@ from django.utils import timezone
 
 from consumers.api.errors import answer
 from consumers.tokens import may_operate
-from delivery import health as judge
+from consumers import health as judge
 
 METRICS: list[tuple[str, str, str, str]] = [
     ("sequin_capture_lag_bytes", "gauge", "source", "SELECT c.name, coalesce(greatest(s.source_lsn - p.reached_lsn, 0), 0)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from django.templatetags.static import static
 from django.urls import reverse_lazy
 
 from sequinapp import env as environment
@@ -47,6 +48,7 @@ INSTALLED_APPS = [
     "delivery",
 ]
 MIDDLEWARE = [
+    "consumers.console_headers.ConsoleHeaders",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -157,6 +159,9 @@ UNFOLD = {
     "SITE_HEADER": "Sequin",
     "SITE_SYMBOL": "stream",
     "SHOW_VIEW_ON_SITE": False,
+    "GLOBAL_CALLBACK": "consumers.admin.shell.context",
+    "STYLES": [lambda request: static("console/console.css")],
+    "SCRIPTS": [lambda request: static("console/shell.js")],
     "DASHBOARD_CALLBACK": "consumers.admin.dashboard.fill",
     "SIDEBAR": {
         "navigation": [

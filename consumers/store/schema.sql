@@ -196,6 +196,33 @@ create table attempts (
 );
 create index attempts_consumer on attempts (consumer, id);
 
+-- For charts and rates, made out of the counts above by consumers.store.counters: what a source or a consumer (or, as the
+-- nil UUID, all of them together) did in each minute.
+create table minute_counters (
+    subject   uuid        not null,
+    minute    timestamptz not null,
+    captured  bigint      not null default 0,
+    delivered bigint      not null default 0,
+    failed    bigint      not null default 0,
+    filtered  bigint      not null default 0,
+    lag_bytes bigint,     -- the worst seen in the minute
+    lag_s     real,
+    primary key (subject, minute)  -- read by charts
+);
+
+-- Where the counting stood last, and what is costly to find out, for pages that show hundreds at once.
+create table counted (
+    subject   uuid primary key,
+    captured  bigint not null default 0,
+    delivered bigint not null default 0,
+    failed    bigint not null default 0,
+    filtered  bigint not null default 0,
+    waiting   bigint,     -- messages beyond the position; past 1,000 an estimate
+    lag_bytes bigint,
+    lag_s     real,       -- of a consumer: the age of its oldest undelivered message
+    at        timestamptz not null
+) with (fillfactor = 50);
+
 -- A pump's time-limited right to serve a push consumer.
 create table turns (
     consumer uuid primary key,
