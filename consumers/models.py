@@ -18,6 +18,7 @@ from django.core.exceptions import ValidationError
 from django.core.validators import MaxValueValidator, MinValueValidator
 from django.db import models
 
+from consumers.audit import AuditEntry  # noqa: F401  (Django finds it through this module)
 from consumers.fields import EncryptedJSONField, EncryptedTextField
 from consumers.store.models import (  # noqa: F401  (Django finds the models through this module)
     Attempt,
@@ -133,6 +134,7 @@ class Source(Named):
 
     class Meta(Named.Meta):
         abstract = False
+        permissions = [("operate_source", "Can pause, resume, check and recover sources")]
 
     @property
     def effective_sslmode(self) -> str:
@@ -246,6 +248,7 @@ class Consumer(Named):
 
     class Meta(Named.Meta):
         abstract = False
+        permissions = [("operate_consumer", "Can pause, resume and replay consumers, retry and discard messages")]
 
     def clean(self) -> None:
         errors: dict[str, Any] = {}

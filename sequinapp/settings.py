@@ -55,6 +55,7 @@ MIDDLEWARE = [
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "consumers.audit.ActorKnown",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
@@ -81,6 +82,7 @@ STATIC_URL = "static/"
 WHITENOISE_USE_FINDERS = True
 WHITENOISE_AUTOREFRESH = False
 LOGIN_URL = "admin:login"
+LOGIN_REDIRECT_URL = "admin:index"
 APPEND_SLASH = True
 SECURE_CONTENT_TYPE_NOSNIFF = True
 SESSION_COOKIE_HTTPONLY = True
@@ -126,6 +128,8 @@ SPECTACULAR_SETTINGS = {
     "SERVE_PERMISSIONS": ["consumers.tokens.ConsoleOrToken"],
 }
 
+SEQUIN_SENDER = "delivery.push.once.post"  # how the console sends a test message
+
 # A pump's slice is 60 s and an endpoint's timeout at most 60 s more; delivery/checks.py keeps these three apart.
 PUMP_SLICE_S = 60
 Q_CLUSTER: dict[str, Any] = {
@@ -162,7 +166,7 @@ UNFOLD = {
     "GLOBAL_CALLBACK": "consumers.admin.shell.context",
     "STYLES": [lambda request: static("console/console.css")],
     "SCRIPTS": [lambda request: static("console/shell.js")],
-    "DASHBOARD_CALLBACK": "consumers.admin.dashboard.fill",
+    "DASHBOARD_CALLBACK": "consumers.admin.home.fill",
     "SIDEBAR": {
         "navigation": [
             {

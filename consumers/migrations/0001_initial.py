@@ -209,6 +209,7 @@ class Migration(migrations.Migration):
             ],
             options={
                 'ordering': ['name'],
+                'permissions': [('operate_consumer', 'Can pause, resume and replay consumers, retry and discard messages')],
                 'abstract': False,
             },
         ),
@@ -254,7 +255,27 @@ class Migration(migrations.Migration):
             ],
             options={
                 'ordering': ['name'],
+                'permissions': [('operate_source', 'Can pause, resume, check and recover sources')],
                 'abstract': False,
+            },
+        ),
+        migrations.CreateModel(
+            name='AuditEntry',
+            fields=[
+                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
+                ('at', models.DateTimeField(auto_now_add=True)),
+                ('actor', models.CharField(max_length=200)),
+                ('address', models.GenericIPAddressField(null=True)),
+                ('action', models.CharField(max_length=40)),
+                ('subject', models.CharField(max_length=200)),
+                ('count', models.BigIntegerField(null=True)),
+                ('detail', models.TextField(blank=True, default='')),
+            ],
+            options={
+                'verbose_name_plural': 'audit log',
+                'ordering': ['-id'],
+                'default_permissions': ('view',),
+                'indexes': [models.Index(fields=['subject', '-id'], name='audit_subject')],
             },
         ),
         migrations.CreateModel(

@@ -195,6 +195,7 @@ create table attempts (
     deliver_count integer not null
 );
 create index attempts_consumer on attempts (consumer, id);
+create index attempts_message on attempts (consumer, message_id);  -- read by the console: one message's history
 
 -- For charts and rates, made out of the counts above by consumers.store.counters: what a source or a consumer (or, as the
 -- nil UUID, all of them together) did in each minute.
@@ -241,6 +242,13 @@ create table heartbeats (
     detail  text not null default '',
     primary key (process, host, pid)
 ) with (fillfactor = 50);
+
+-- What was done stays as it was written.
+create function sequin_refuse() returns trigger language plpgsql as $$
+begin
+    raise exception 'the audit log is not changed' using errcode = 'insufficient_privilege';
+end $$;
+create trigger audit_stays before update or delete on consumers_auditentry for each row execute function sequin_refuse();
 
 -- Groups -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,126 @@
+"""One message of one consumer: its payload, what changed, and all that happened to it. Answers "why did it not arrive?"."""
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from django.db import connection
+from django.http import Http404, HttpRequest, HttpResponse
+from django.shortcuts import get_object_or_404
+from django.urls import reverse
+
+from consumers.admin import json_text, listing
+from consumers.admin.listing import Standing
+from consumers.admin.pages import OPERATE, VIEW, needs, page
+from consumers.api.message_log import ListedMessage
+from consumers.envelope import addressing, idempotency_key, render_with
+from consumers.models import Consumer
+from consumers.store.models import Attempt
+from consumers.store.types import ACTIONS
+
+ATTEMPTS_SHOWN = 50
+MASK = "********"
+_MESSAGE_SQL = """
+    SELECT m.id, 'passed', NULL, 0, NULL, NULL, NULL, m.action::text, r.schema_name, r.table_name, m.record, m.changes, m.key,
+           m.commit_lsn, m.commit_idx, to_char(m.committed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch,
+           m.unchanged, m.old_values_known, m.annotations, m.source
+    FROM (SELECT * FROM messages x WHERE x.source = %(source)s AND x.id = %(id)s
+          UNION ALL SELECT * FROM kept_messages x WHERE x.source = %(source)s AND x.id = %(id)s LIMIT 1) m
+    JOIN relation_version r ON r.id = m.relation
+"""
+
+
+class Step(NamedTuple):
+    """One line of a message's history."""
+
+    colour: str
+    title: str
+    at: Any
+    text: str = ""
+    answer: str = ""
+
+
+@needs(VIEW)
+def show(request: HttpRequest, pk: UUID, message_id: int) -> HttpResponse:
+    consumer = get_object_or_404(Consumer.objects.select_related("source", "endpoint"), pk=pk)
+    message = _message(consumer, message_id)
+    standing = listing.standing_of(consumer.pk, message_id)
+    source = consumer.source
+    tail = addressing(
+        consumer_id=consumer.pk, consumer_name=consumer.name, source_id=source.pk, source_name=source.name, database=source.database
+    )
+    payload = render_with(message, tail).decode()
+    return page(
+        request, "console/message.html", f"Message {message_id}",
+        consumer=consumer, message=message, standing=standing, payload=json_text.pretty(payload),
+        differences=json_text.differences(message.record, message.changes) if message.record.startswith("{") else [],
+        lsn=f"{message.commit_lsn >> 32:X}/{message.commit_lsn & 0xFFFFFFFF:X}",
+        key=", ".join(json.loads(message.key)) or "–", idempotency_key=idempotency_key(message),
+        history=_history(consumer, message, standing), curl=_curl(consumer, message, payload) if consumer.endpoint else "",
+        may_operate=request.user.has_perm(OPERATE), is_stuck=standing.state in ("retry", "blocked", "error", "dead"),
+        back=reverse("admin:consumers_consumer_page", args=[pk]), here=request.path,
+    )  # fmt: skip
+
+
+def _message(consumer: Consumer, message_id: int) -> ListedMessage:
+    with connection.cursor() as cursor:
+        cursor.execute(_MESSAGE_SQL, {"source": consumer.source_id, "id": message_id})
+        row = cursor.fetchone()
+    if row is None:
+        raise Http404(f"Message {message_id} is not in the log: it was never there, or is past the retention.")
+    return ListedMessage(*(*row[:7], ACTIONS[row[7]], *row[8:]))
+
+
+def _history(consumer: Consumer, message: ListedMessage, standing: Standing) -> list[Step]:
+    """From the commit on the source to where it stands now, oldest first."""
+    steps = [Step("info", "Committed on the source and kept in the log", message.committed_at)]
+    attempts = list(Attempt.objects.filter(consumer=consumer.pk, message_id=message.id)[:ATTEMPTS_SHOWN])[::-1]
+    for attempt in attempts:
+        title = f"Attempt {attempt.deliver_count}: " + (
+            f"answered {attempt.status}" if attempt.ok else attempt.error or f"answered {attempt.status}"
+        )
+        text = f"POST {attempt.url}, {attempt.duration_ms:,} ms" if attempt.url else f"{attempt.duration_ms:,} ms"
+        steps.append(Step("ok" if attempt.ok else "bad", title, attempt.at, text, attempt.response or ""))
+    steps.append(_now(consumer, standing, bool(attempts)))
+    return steps
+
+
+def _now(consumer: Consumer, standing: Standing, tried: bool) -> Step:
+    times = f"{standing.deliver_count} time{'' if standing.deliver_count == 1 else 's'}"
+    why = standing.error or ""
+    match standing.state:
+        case "waiting":
+            paused = " The consumer is paused." if consumer.status == "paused" else ""
+            return Step("info", "Waiting: the consumer has yet to take it", None, f"It comes in the order of the log.{paused}")
+        case "out":
+            return Step("info", "Out: handed out, not acknowledged yet", standing.due_at, f"Handed out {times}; its lease ends then.")
+        case "retry":
+            return Step("warn", "Failed, and is tried again", standing.due_at, f"Tried {times}. {why}")
+        case "blocked":
+            return Step("idle", "Blocked behind an earlier message of the same row", None, "It goes on when that one is delivered.")
+        case "error":
+            return Step("bad", "In error: filter or transform failed", standing.due_at, why)
+        case "dead":
+            return Step("bad", "Dead letter: not tried any more", None, f"Tried {times}. {why}")
+        case "delivered":
+            return Step("ok", "Delivered and acknowledged", None)
+        case _:
+            text = "Acknowledged, discarded or filtered; of older successes no attempt is kept." if not tried else ""
+            return Step("idle", "Taken and done", None, text)
+
+
+def _curl(consumer: Consumer, message: ListedMessage, payload: str) -> str:
+    """The push as a command. Secrets stay here: headers that hold one are masked, and the signature."""
+    endpoint = consumer.endpoint
+    assert endpoint is not None
+    headers = {
+        "Content-Type": "application/json", "webhook-id": idempotency_key(message), "webhook-signature": MASK,
+        **endpoint.headers, **dict.fromkeys(endpoint.secret_headers, MASK),
+    }  # fmt: skip
+    body = payload if consumer.batch_size == 1 else f'{{"data":[{payload}]}}'
+    lines = [f"curl -X POST {shlex.quote(endpoint.url + consumer.path)}"]
+    lines += [f"  -H {shlex.quote(f'{name}: {value}')}" for name, value in headers.items()]
+    lines.append(f"  --data-raw {shlex.quote(body)}")
+    return " \\\n".join(lines)
