@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 from django.templatetags.static import static
-from django.urls import reverse_lazy
 
 from sequinapp import env as environment
 from sequinapp.embedded_postgres import EmbeddedPostgres
@@ -152,12 +151,6 @@ else:
     Q_CLUSTER["orm"] = "default"
     Q_CLUSTER["broker_class"] = "delivery.broker.NotifyBroker"
 
-
-
-def _link(title: str, icon: str, name: str) -> dict[str, Any]:
-    return {"title": title, "icon": icon, "link": reverse_lazy(name)}
-
-
 UNFOLD = {
     "SITE_TITLE": "Sequin",
     "SITE_HEADER": "Sequin",
@@ -168,35 +161,7 @@ UNFOLD = {
     "SCRIPTS": [lambda request: static("console/shell.js")],
     "DASHBOARD_CALLBACK": "consumers.admin.home.fill",
     "SIDEBAR": {
-        "navigation": [
-            {
-                "title": "Configuration",
-                "items": [
-                    _link("Sources", "database", "admin:consumers_source_changelist"),
-                    _link("Endpoints", "webhook", "admin:consumers_httpendpoint_changelist"),
-                    _link("Consumers", "outbound", "admin:consumers_consumer_changelist"),
-                    _link("API tokens", "key", "admin:consumers_apitoken_changelist"),
-                ],
-            },
-            {
-                "title": "Messages",
-                "separator": True,
-                "items": [
-                    _link("Log", "list_alt", "admin:consumers_message_changelist"),
-                    _link("Parked", "pause_circle", "admin:consumers_parked_changelist"),
-                    _link("Attempts", "history", "admin:consumers_attempt_changelist"),
-                ],
-            },
-            {
-                "title": "More",
-                "separator": True,
-                "items": [
-                    _link("API", "api", "docs"),
-                    _link("Receiver", "inbox", "receiver"),
-                    _link("Users", "group", "admin:auth_user_changelist"),
-                ],
-            },
-        ]
+        "navigation": "consumers.admin.shell.navigation",
     },
 }
 
