@@ -1,4 +1,4 @@
-"""What run_workers does besides pushing: count for the charts, judge alerts. On a thread with a connection of its own.
+"""What run_workers does besides pushing: count for the charts, judge alerts and send them. Each on a thread of its own.
 
 Any number of processes may run it; the store's locks see that each round is done by one.
 """
@@ -7,10 +7,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 from django.db import DatabaseError, connection
 
 from consumers.store import counters
+from delivery import alerting
 
 log = logging.getLogger(__name__)
 
@@ -24,33 +27,37 @@ class Chores:
 
     def __init__(self) -> None:
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="chores", daemon=True)
         self._forgot_at = -FORGET_EVERY_S
+        self._threads = [
+            threading.Thread(target=self._run, args=(task,), name=name, daemon=True)
+            for name, task in (("counting", self.count), ("judging", alerting.judge), ("alerting", alerting.send))
+        ]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._stop.set()
-        self._thread.join(STOP_WITHIN_S)
+        for thread in self._threads:
+            thread.join(STOP_WITHIN_S)
 
-    def _run(self) -> None:
-        try:
-            while not self._stop.is_set():
-                try:
-                    self.step()
-                except (DatabaseError, OSError) as error:
-                    log.warning("counting and alerting wait for the store: %s", " ".join(str(error).split())[:200])
-                    connection.close()
-                except Exception:
-                    log.exception("a round of counting and alerting failed")
-                self._stop.wait(ROUND_S)
-        finally:
-            connection.close()
-
-    def step(self) -> None:
-        """One round."""
+    def count(self) -> None:
         counters.count()
         if time.monotonic() - self._forgot_at >= FORGET_EVERY_S:
             self._forgot_at = time.monotonic()
             counters.forget_old()
+
+    def _run(self, task: Callable[[], Any]) -> None:
+        try:
+            while not self._stop.is_set():
+                try:
+                    task()
+                except (DatabaseError, OSError) as error:
+                    log.warning("%s waits for the store: %s", threading.current_thread().name, " ".join(str(error).split())[:200])
+                    connection.close()
+                except Exception:
+                    log.exception("a round of %s failed", threading.current_thread().name)
+                self._stop.wait(ROUND_S)
+        finally:
+            connection.close()

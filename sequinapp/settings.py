@@ -127,6 +127,10 @@ SPECTACULAR_SETTINGS = {
     "SERVE_PERMISSIONS": ["consumers.tokens.ConsoleOrToken"],
 }
 
+EMAIL_CONFIGURED = ENV.email is not None
+DEFAULT_FROM_EMAIL = ENV.email_from
+globals().update(ENV.email or {})
+
 SEQUIN_SENDER = "delivery.push.once.post"  # how the console sends a test message
 
 # A pump's slice is 60 s and an endpoint's timeout at most 60 s more; delivery/checks.py keeps these three apart.

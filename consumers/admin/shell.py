@@ -20,6 +20,9 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, str, str, str], ...]], ...] = (
         ("Attempts", "history", "admin:consumers_attempt_changelist", "consumers.view_attempt"),
     )),
     ("Watching", (
+        ("Alerts", "notifications", "admin:consumers_alertepisode_changelist", "consumers.view_alertepisode"),
+        ("Alert rules", "rule", "admin:consumers_alertrule_changelist", "consumers.view_alertrule"),
+        ("Destinations", "send", "admin:consumers_alertdestination_changelist", "consumers.view_alertdestination"),
         ("Audit log", "shield_person", "admin:consumers_auditentry_changelist", "consumers.view_auditentry"),
     )),
     ("Access", (

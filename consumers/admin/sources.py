@@ -14,7 +14,7 @@ from consumers import changes, health
 from consumers.admin import connecting, source_page
 from consumers.admin.configuration import STATUS_LABELS, ConfigurationAdmin
 from consumers.admin.forms import SourceForm
-from consumers.admin.words import readable_bytes
+from consumers.words import readable_bytes
 from consumers.models import Source
 from consumers.store.models import SourceStatus
 

@@ -1,4 +1,4 @@
-"""The words of `consumers.admin.words` for templates."""
+"""The words of `consumers.words` for templates."""
 from __future__ import annotations
 
 from datetime import datetime
@@ -9,7 +9,7 @@ from django.utils import timezone
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
-from consumers.admin import words
+from consumers import words
 
 register = template.Library()
 register.filter("duration", words.duration)
