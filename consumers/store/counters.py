@@ -93,6 +93,25 @@ class Look(NamedTuple):
     at: datetime
 
 
+class Total(NamedTuple):
+    """What a source or a consumer has done ever, and how it stands, right now."""
+
+    captured: int
+    delivered: int
+    failed: int
+    filtered: int
+    waiting: int | None
+    lag_bytes: int | None
+    lag_s: float
+
+
+def totals(*, exact: int = EXACT_WAITING) -> dict[UUID, Total]:
+    """Of every subject; waiting messages are counted up to `exact`, beyond it estimated."""
+    with connection.cursor() as cursor:
+        cursor.execute(_LOOK_SQL, {"exact": exact})
+        return {row[0]: Total(*row[1:]) for row in cursor.fetchall()}
+
+
 def count() -> bool:
     """Look at the totals and add what is new to the present minute. False: another process is at it."""
     with transaction.atomic(), connection.cursor() as cursor:
