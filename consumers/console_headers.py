@@ -16,6 +16,7 @@ CONTENT_POLICY = "; ".join(
         "connect-src 'self'", "form-action 'self'", "frame-ancestors 'none'", "base-uri 'none'", "object-src 'none'",
     )
 )  # fmt: skip
+HSTS = "max-age=31536000"
 PERMISSIONS_POLICY = "camera=(), geolocation=(), microphone=(), payment=(), usb=()"
 
 
@@ -31,10 +32,8 @@ class ConsoleHeaders:
         if response.headers.get("Content-Type", "").startswith("text/html"):
             response.headers.setdefault("Permissions-Policy", PERMISSIONS_POLICY)
             response.headers.setdefault("Cache-Control", "no-store, private")
+        # Only where people come by https: a TLS proxy in front needs CSRF_TRUSTED_ORIGINS, all of them https.
+        if settings.SESSION_COOKIE_SECURE:
+            response.headers.setdefault("Strict-Transport-Security", HSTS)
         return response
 
-
-def is_served_by_tls() -> bool:
-    """Whether people reach the console by https only: a TLS proxy in front needs CSRF_TRUSTED_ORIGINS, all of them https."""
-    origins = settings.CSRF_TRUSTED_ORIGINS
-    return bool(origins) and all(origin.startswith("https://") for origin in origins)

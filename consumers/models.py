@@ -20,6 +20,7 @@ from django.db import models
 
 from consumers.alert_models import AlertDestination, AlertEpisode, AlertNotice, AlertRule  # noqa: F401  (found through this module)
 from consumers.audit import AuditEntry  # noqa: F401
+from consumers.login import LoginFailure  # noqa: F401
 from consumers.fields import EncryptedJSONField, EncryptedTextField
 from consumers.store.models import (  # noqa: F401  (Django finds the models through this module)
     Attempt,

@@ -84,7 +84,18 @@ LOGIN_URL = "admin:login"
 LOGIN_REDIRECT_URL = "admin:index"
 APPEND_SLASH = True
 SECURE_CONTENT_TYPE_NOSNIFF = True
-SESSION_COOKIE_HTTPONLY = True
+SESSION_COOKIE_NAME = "sequin_session"
+SESSION_COOKIE_AGE = 12 * 3600
+SESSION_COOKIE_HTTPONLY = CSRF_COOKIE_HTTPONLY = True
+# A TLS proxy in front is known by the origins it needs (see consumers/console_headers.py).
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = bool(CSRF_TRUSTED_ORIGINS) and all(o.startswith("https://") for o in CSRF_TRUSTED_ORIGINS)
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": f"django.contrib.auth.password_validation.{name}", "OPTIONS": options}
+    for name, options in (
+        ("UserAttributeSimilarityValidator", {}), ("MinimumLengthValidator", {"min_length": 10}), ("CommonPasswordValidator", {}),
+        ("NumericPasswordValidator", {}),
+    )
+]  # fmt: skip
 DATA_UPLOAD_MAX_MEMORY_SIZE = 1_048_576  # a request's body, bytes; also for the API
 
 IS_WEB = "run_web" in sys.argv
@@ -160,6 +171,8 @@ UNFOLD = {
     "SITE_HEADER": "Sequin",
     "SITE_SYMBOL": "stream",
     "SHOW_VIEW_ON_SITE": False,
+    "SHOW_HISTORY": False,
+    "LOGIN": {"form": "consumers.login.LoginForm"},
     "GLOBAL_CALLBACK": "consumers.admin.shell.context",
     "STYLES": [lambda request: static("console/console.css")],
     "SCRIPTS": [lambda request: static("console/shell.js")],

@@ -12,11 +12,11 @@ from django.conf import settings
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect
 from django.urls import URLPattern, path, reverse
-from unfold.admin import ModelAdmin
 from unfold.decorators import action, display
 from unfold.widgets import UnfoldAdminPasswordWidget
 
 from consumers import audit, outbound
+from consumers.admin.auditing import Audited
 from consumers.admin.forms import KEEP
 from consumers.admin.log import ReadOnlyAdmin
 from consumers.admin.pages import ask, needs, posted
@@ -24,23 +24,6 @@ from consumers.alert_models import AlertDestination, AlertEpisode, AlertRule
 
 CHANGE = "consumers.change_alertdestination"
 TIMEOUT_S = 10.0
-
-
-class Audited(ModelAdmin):  # type: ignore[misc]
-    """What is saved and deleted here stands in the audit log."""
-
-    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
-        super().save_model(request, obj, form, change)
-        audit.record("change" if change else "create", obj, fields=form.changed_data)
-
-    def delete_model(self, request: HttpRequest, obj: Any) -> None:
-        audit.record("delete", obj)
-        super().delete_model(request, obj)
-
-    def get_actions(self, request: HttpRequest) -> Any:
-        actions = super().get_actions(request)
-        actions.pop("delete_selected", None)
-        return actions
 
 
 @admin.register(AlertRule)

@@ -11,7 +11,7 @@ from django.utils import timezone
 from unfold.decorators import display
 
 from consumers import changes, health
-from consumers.admin import connecting, source_page
+from consumers.admin import connecting, erasing, source_page
 from consumers.admin.configuration import STATUS_LABELS, ConfigurationAdmin
 from consumers.admin.forms import SourceForm
 from consumers.words import readable_bytes
@@ -42,6 +42,7 @@ class SourceAdmin(ConfigurationAdmin):
             path("<uuid:pk>/numbers/", view(source_page.numbers), name="consumers_source_numbers"),
             path("<uuid:pk>/check/", view(source_page.check), name="consumers_source_check"),
             path("<uuid:pk>/tables/", view(source_page.tables), name="consumers_source_tables"),
+            path("<uuid:pk>/erase/", view(erasing.erase), name="consumers_source_erase"),
             path("<uuid:pk>/do/<slug:action>/", view(source_page.act), name="consumers_source_act"),
         ]
         return [*own, *super().get_urls()]

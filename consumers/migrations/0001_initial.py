@@ -5,6 +5,7 @@ import consumers.models
 import django.contrib.postgres.fields
 import django.core.validators
 import django.db.models.deletion
+import django.utils.timezone
 import uuid
 from django.db import migrations, models
 
@@ -95,6 +96,7 @@ class Migration(migrations.Migration):
             ],
             options={
                 'db_table': 'messages',
+                'permissions': [('erase_message', 'Can erase a key')],
                 'ordering': ['-id'],
                 'managed': False,
             },
@@ -346,6 +348,19 @@ class Migration(migrations.Migration):
         migrations.AddConstraint(
             model_name='alertepisode',
             constraint=models.UniqueConstraint(condition=models.Q(('ended_at', None)), fields=('rule', 'subject'), name='one_open_episode'),
+        ),
+        migrations.CreateModel(
+            name='LoginFailure',
+            fields=[
+                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
+                ('name', models.CharField(max_length=150)),
+                ('address', models.GenericIPAddressField(null=True)),
+                ('at', models.DateTimeField(default=django.utils.timezone.now)),
+            ],
+            options={
+                'default_permissions': (),
+                'indexes': [models.Index(fields=['at'], name='login_failure_at')],
+            },
         ),
         migrations.CreateModel(
             name='ApiToken',
