@@ -30,7 +30,8 @@ def count(source_id: UUID, table: str, key: str) -> Erased:
     """What `erase` would overwrite. `table`: schema.table; `key`: as capture writes it. Reads the whole log once."""
     with store_connection(application_name="sequin erasure") as conn:
         ids = [row[0] for name in _places(conn) for row in conn.execute(_find(name), _chosen(source_id, table, key)).fetchall()]
-        return Erased(len(ids), _count(conn, "attempts", "message_id = ANY (%s)", source_id, ids), _count(conn, "parked", "ids && %s", source_id, ids))
+        attempts = _count(conn, "attempts", "message_id = ANY (%s::bigint[])", source_id, ids)
+        return Erased(len(ids), attempts, _count(conn, "parked", "ids && %s::bigint[]", source_id, ids))
 
 
 def erase(source_id: UUID, table: str, key: str) -> Erased:
@@ -45,10 +46,10 @@ def erase(source_id: UUID, table: str, key: str) -> Erased:
                 ids = [row[0] for row in conn.execute(_overwrite(name), given).fetchall()]
                 attempts += conn.execute(
                     "UPDATE attempts SET response = NULL, error = CASE WHEN error IS NOT NULL THEN %s END"
-                    " WHERE source = %s AND message_id = ANY (%s)", [ERASED, source_id, ids],
+                    " WHERE source = %s AND message_id = ANY (%s::bigint[])", [ERASED, source_id, ids],
                 ).rowcount  # fmt: skip
                 parked += conn.execute(
-                    "UPDATE parked SET last_error = CASE WHEN last_error IS NOT NULL THEN %s END WHERE source = %s AND ids && %s",
+                    "UPDATE parked SET last_error = CASE WHEN last_error IS NOT NULL THEN %s END WHERE source = %s AND ids && %s::bigint[]",
                     [ERASED, source_id, ids],
                 ).rowcount
             if ids:

@@ -20,8 +20,9 @@ register.filter("bytes", words.readable_bytes)
 
 
 @register.filter
-def ago(at: datetime | None) -> str:
-    return words.age(at, timezone.now())
+def ago(at: Any) -> str:
+    """How long ago; of what is missing a dash."""
+    return words.age(at, timezone.now()) if isinstance(at, datetime) else "–"
 
 
 @register.simple_tag
