@@ -137,9 +137,9 @@ class AlertNotice(models.Model):
 
 
 @receiver(post_migrate)
-def make_rules(sender: Any, using: str = "default", **_: Any) -> None:
+def make_rules(sender: Any, using: str = "default", **_more: Any) -> None:
     """The rules there are, with their defaults; those that exist stay as they were tuned."""
     if getattr(sender, "name", "") != "consumers":
         return
-    for kind, (_, threshold, _, after_s) in KINDS.items():
+    for kind, (_what, threshold, _unit, after_s) in KINDS.items():
         AlertRule.objects.using(using).get_or_create(kind=kind, defaults={"threshold": threshold, "after_s": after_s})

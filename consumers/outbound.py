@@ -34,14 +34,16 @@ class Outcome(Protocol):
 
 def send_test(endpoint: HttpEndpoint, path: str = "") -> Outcome:
     """A message such as a consumer would send, of a table that does not exist, marked as a test."""
+    key = f"test-{uuid4().hex}"
     body = {
         "record": {"id": 1, "text": "a test message from Sequin"}, "changes": None, "action": "insert",
         "metadata": {"table_schema": "sequin", "table_name": "test", "record_pks": ["1"], "test": True,
-                     "commit_timestamp": timezone.now().isoformat(), "idempotency_key": f"test-{uuid4().hex}"},
+                     "commit_timestamp": timezone.now().isoformat(), "idempotency_key": key},
     }  # fmt: skip
+    secret_headers: Any = endpoint.secret_headers
     return sender()(
-        url=endpoint.url + path, body=json.dumps(body).encode(), webhook_id=body["metadata"]["idempotency_key"],
-        headers={**endpoint.headers, **endpoint.secret_headers}, secrets=endpoint.signing_secret, timeout_s=endpoint.timeout_ms / 1000,
+        url=endpoint.url + path, body=json.dumps(body).encode(), webhook_id=key, headers={**endpoint.headers, **secret_headers},
+        secrets=endpoint.signing_secret, timeout_s=endpoint.timeout_ms / 1000,
     )  # fmt: skip
 
 

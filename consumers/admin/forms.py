@@ -14,7 +14,7 @@ from consumers.models import Consumer, HttpEndpoint, Source
 KEEP = "Never shown. Leave empty to keep what is saved."
 
 
-def lines_of_headers(text: str, field: str) -> dict[str, str]:
+def lines_of_headers(text: str, field: str) -> Any:
     """`name: value`, one a line, or a JSON object. Raises ValidationError at `field`, without the values."""
     text = text.strip()
     if text.startswith("{"):

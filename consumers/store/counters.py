@@ -127,7 +127,7 @@ def count() -> bool:
 def forget_old() -> None:
     """Drop what charts show no more, and subjects that are gone."""
     with connection.cursor() as cursor:
-        cursor.execute("DELETE FROM minute_counters WHERE minute < now() - %s::interval", [KEPT])
+        cursor.execute("DELETE FROM minute_counters WHERE minute < now() - %s * interval '1 s'", [KEPT.total_seconds()])
         cursor.execute(
             "DELETE FROM counted WHERE subject NOT IN (SELECT id FROM consumers_source UNION ALL SELECT id FROM consumers_consumer)"
         )
