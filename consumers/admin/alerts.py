@@ -21,6 +21,7 @@ from consumers.admin.forms import KEEP
 from consumers.admin.log import ReadOnlyAdmin
 from consumers.admin.pages import ask, needs, posted
 from consumers.alert_models import AlertDestination, AlertEpisode, AlertRule
+from consumers.templatetags.console import pill
 
 CHANGE = "consumers.change_alertdestination"
 TIMEOUT_S = 10.0
@@ -54,9 +55,9 @@ class RuleAdmin(Audited):
     def lasting(self, rule: AlertRule) -> str:
         return f"{rule.after_s} s"
 
-    @display(description="Firing now", label={"no": "info", "yes": "danger"})
+    @display(description="Firing now")
     def firing(self, rule: AlertRule) -> str:
-        return "yes" if rule.episodes.filter(ended_at=None).exclude(fired_at=None).exists() else "no"
+        return pill("firing") if rule.episodes.filter(ended_at=None).exclude(fired_at=None).exists() else "no"
 
 
 class DestinationForm(forms.ModelForm):  # type: ignore[type-arg]
@@ -109,9 +110,9 @@ class EpisodeAdmin(ReadOnlyAdmin):
     list_filter = ("rule",)
     search_fields = ("subject",)
 
-    @display(description="State", label={"firing": "danger", "pending": "warning", "over": "success"})
+    @display(description="State")
     def state_shown(self, episode: AlertEpisode) -> str:
-        return episode.state
+        return pill(episode.state)
 
     @display(description="Told")
     def told(self, episode: AlertEpisode) -> str:

@@ -14,12 +14,6 @@ from unfold.decorators import display
 from consumers import changes
 from consumers.admin.forms import RehearsingForm
 
-STATUS_LABELS = {
-    "ok": "success", "degraded": "warning", "failing": "danger", "paused": "info", "disabled": "info", "connecting": "warning",
-    "active": "success",
-}  # fmt: skip
-
-
 class ConfigurationAdmin(ModelAdmin):  # type: ignore[misc]
     """Saving and deleting go the one way, `consumers.changes`, with the same effects as in the API."""
 

@@ -12,12 +12,13 @@ from unfold.decorators import display
 
 from consumers import changes, health
 from consumers.admin import consumer_page, creating, message_page
-from consumers.admin.configuration import STATUS_LABELS, ConfigurationAdmin
+from consumers.admin.configuration import ConfigurationAdmin
 from consumers.admin.forms import ConsumerForm
 from consumers.admin.pages import ask, is_confirmed
 from consumers.models import Consumer
 from consumers.store import counters, lifecycle
 from consumers.store.models import ConsumerPosition
+from consumers.templatetags.console import pill
 
 
 @admin.register(Consumer)
@@ -54,6 +55,7 @@ class ConsumerAdmin(ConfigurationAdmin):
             path("<uuid:pk>/status/<slug:status>/", view(consumer_page.set_status), name="consumers_consumer_status"),
             path("<uuid:pk>/redrive/<slug:action>/", view(consumer_page.redrive), name="consumers_consumer_redrive"),
             path("<uuid:pk>/message/<int:message_id>/", view(message_page.show), name="consumers_consumer_message"),
+            path("<uuid:pk>/message/<int:message_id>/history/", view(message_page.history), name="consumers_consumer_message_history"),
         ]
         return [*own, *super().get_urls()]
 
@@ -92,10 +94,10 @@ class ConsumerAdmin(ConfigurationAdmin):
         self.message_user(request, f"{consumer.name} is deleted.")
         return redirect("admin:consumers_consumer_changelist")
 
-    @display(description="State", label=STATUS_LABELS)
+    @display(description="State")
     def state(self, consumer: Consumer) -> str:
         judged = health.consumers(timezone.now(), only=consumer.pk)
-        return judged[0].status if judged else consumer.status
+        return pill(judged[0].status if judged else consumer.status)
 
     @display(description="Tables")
     def table_names(self, consumer: Consumer) -> str:

@@ -20,10 +20,9 @@ from consumers.models import Source
 from consumers.store import lifecycle
 from consumers.store.models import Attempt, Message, Parked
 from consumers.store.types import ACTIONS
+from consumers.templatetags.console import pill
 
-ACTION_LABELS = {"insert": "success", "update": "info", "delete": "danger", "truncate": "warning", "read": "info"}
 COUNTED = 2_000
-REASON_LABELS = {"retry": "warning", "blocked": "info", "error": "danger", "dead": "danger"}
 
 
 class EstimatingPaginator(Paginator):  # type: ignore[type-arg]
@@ -99,9 +98,9 @@ class MessageAdmin(ReadOnlyAdmin):
             queryset = queryset.filter(key=json.dumps([search_term], ensure_ascii=False))
         return queryset, False
 
-    @display(description="Action", label=ACTION_LABELS)
+    @display(description="Action")
     def what(self, message: Message) -> str:
-        return ACTIONS.get(message.action, message.action)
+        return pill(ACTIONS.get(message.action, message.action))
 
     @display(description="Table")
     def table(self, message: Message) -> str:
@@ -127,9 +126,9 @@ class ParkedAdmin(ReadOnlyAdmin):
     list_select_related = ("consumer",)
     actions = ("retry", "discard")
 
-    @display(description="Reason", label=REASON_LABELS)
+    @display(description="Reason")
     def why(self, parked: Parked) -> str:
-        return parked.reason
+        return pill(parked.reason)
 
     @display(description="Messages")
     def how_many(self, parked: Parked) -> int:

@@ -8,8 +8,9 @@ from uuid import UUID
 
 from django.db import connection
 from django.http import Http404, HttpRequest, HttpResponse
-from django.shortcuts import get_object_or_404
+from django.shortcuts import get_object_or_404, render
 from django.urls import reverse
+from django.utils import timezone
 
 from consumers.admin import json_text, listing
 from consumers.admin.listing import Standing
@@ -21,6 +22,7 @@ from consumers.store.models import Attempt
 from consumers.store.types import ACTIONS
 
 ATTEMPTS_SHOWN = 50
+FRESH_S = 20
 MASK = "********"
 _MESSAGE_SQL = """
     SELECT m.id, 'passed', NULL, 0, NULL, NULL, NULL, m.action::text, r.schema_name, r.table_name, m.record, m.changes, m.key,
@@ -46,7 +48,8 @@ class Step(NamedTuple):
 def show(request: HttpRequest, pk: UUID, message_id: int) -> HttpResponse:
     consumer = get_object_or_404(Consumer.objects.select_related("source", "endpoint"), pk=pk)
     message = _message(consumer, message_id)
-    standing = listing.standing_of(consumer.pk, message_id)
+    happened = _happened(consumer, message)
+    standing: Standing = happened["standing"]
     source = consumer.source
     tail = addressing(
         consumer_id=consumer.pk, consumer_name=consumer.name, source_id=source.pk, source_name=source.name, database=source.database
@@ -54,14 +57,32 @@ def show(request: HttpRequest, pk: UUID, message_id: int) -> HttpResponse:
     payload = render_with(message, tail).decode()
     return page(
         request, "console/message.html", f"Message {message_id}",
-        consumer=consumer, message=message, standing=standing, payload=json_text.pretty(payload),
+        **happened, payload=json_text.pretty(payload),
         differences=json_text.differences(message.record, message.changes) if message.record.startswith("{") else [],
         lsn=f"{message.commit_lsn >> 32:X}/{message.commit_lsn & 0xFFFFFFFF:X}",
         key=", ".join(json.loads(message.key)) or "–", idempotency_key=idempotency_key(message),
-        history=_history(consumer, message, standing), curl=_curl(consumer, message, payload) if consumer.endpoint else "",
+        curl=_curl(consumer, message, payload) if consumer.endpoint else "",
         may_operate=request.user.has_perm(OPERATE), is_stuck=standing.state in ("retry", "blocked", "error", "dead"),
         back=reverse("admin:consumers_consumer_page", args=[pk]), here=request.path,
     )  # fmt: skip
+
+
+@needs(VIEW)
+def history(request: HttpRequest, pk: UUID, message_id: int) -> HttpResponse:
+    """What happened, for a page that shows it already: until the message is done, it may go on happening."""
+    consumer = get_object_or_404(Consumer.objects.select_related("source", "endpoint"), pk=pk)
+    return render(request, "console/message_history.html", _happened(consumer, _message(consumer, message_id)))
+
+
+def _happened(consumer: Consumer, message: ListedMessage) -> dict[str, Any]:
+    standing = listing.standing_of(consumer.pk, message.id)
+    attempts = list(Attempt.objects.filter(consumer=consumer.pk, message_id=message.id)[:ATTEMPTS_SHOWN])[::-1]
+    # A success is written down a moment after it is acknowledged.
+    is_fresh = bool(attempts) and (timezone.now() - attempts[-1].at).total_seconds() < FRESH_S
+    return {
+        "consumer": consumer, "message": message, "standing": standing, "history": _history(consumer, message, standing, attempts),
+        "is_open": is_fresh or standing.state not in ("delivered", "passed"),
+    }  # fmt: skip
 
 
 def _message(consumer: Consumer, message_id: int) -> ListedMessage:
@@ -73,16 +94,17 @@ def _message(consumer: Consumer, message_id: int) -> ListedMessage:
     return ListedMessage(*(*row[:7], ACTIONS[row[7]], *row[8:]))
 
 
-def _history(consumer: Consumer, message: ListedMessage, standing: Standing) -> list[Step]:
+def _history(consumer: Consumer, message: ListedMessage, standing: Standing, attempts: list[Attempt]) -> list[Step]:
     """From the commit on the source to where it stands now, oldest first."""
     steps = [Step("info", "Committed on the source and kept in the log", message.committed_at)]
-    attempts = list(Attempt.objects.filter(consumer=consumer.pk, message_id=message.id)[:ATTEMPTS_SHOWN])[::-1]
     for attempt in attempts:
         title = f"Attempt {attempt.deliver_count}: " + (
             f"answered {attempt.status}" if attempt.ok else attempt.error or f"answered {attempt.status}"
         )
         text = f"POST {attempt.url}, {attempt.duration_ms:,} ms" if attempt.url else f"{attempt.duration_ms:,} ms"
         steps.append(Step("ok" if attempt.ok else "bad", title, attempt.at, text, attempt.response or ""))
+    if standing.state == "passed" and any(attempt.ok for attempt in attempts):
+        standing = standing._replace(state="delivered")  # it was written down just now
     steps.append(_now(consumer, standing, bool(attempts)))
     return steps
 

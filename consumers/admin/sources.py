@@ -12,11 +12,12 @@ from unfold.decorators import display
 
 from consumers import changes, health
 from consumers.admin import connecting, erasing, source_page
-from consumers.admin.configuration import STATUS_LABELS, ConfigurationAdmin
+from consumers.admin.configuration import ConfigurationAdmin
 from consumers.admin.forms import SourceForm
 from consumers.words import readable_bytes
 from consumers.models import Source
 from consumers.store.models import SourceStatus
+from consumers.templatetags.console import pill
 
 
 @admin.register(Source)
@@ -57,10 +58,10 @@ class SourceAdmin(ConfigurationAdmin):
     def where(self, source: Source) -> str:
         return f"{source.host}:{source.port}/{source.database}"
 
-    @display(description="State", label=STATUS_LABELS)
+    @display(description="State")
     def state(self, source: Source) -> str:
         judged = health.sources(timezone.now(), only=source.pk)
-        return judged[0].status if judged else "connecting"
+        return pill(judged[0].status if judged else "connecting")
 
     @display(description="Reasons")
     def reasons(self, source: Source) -> str:

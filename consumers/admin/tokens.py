@@ -12,6 +12,7 @@ from unfold.decorators import display
 from consumers import audit
 from consumers.admin.auditing import Audited
 from consumers.models import ApiToken
+from consumers.templatetags.console import pill
 from consumers.tokens import new_secret
 
 
@@ -36,11 +37,11 @@ class ApiTokenAdmin(Audited):
             self.message_user(request, f"The token, shown only now: {plain}", messages.WARNING)
         super().save_model(request, obj, form, change)
 
-    @display(description="State", label={"valid": "success", "revoked": "danger", "expired": "warning"})
+    @display(description="State")
     def state(self, token: ApiToken) -> str:
         if token.revoked_at:
-            return "revoked"
-        return "expired" if token.expires_at and token.expires_at <= timezone.now() else "valid"
+            return pill("revoked")
+        return pill("expired" if token.expires_at and token.expires_at <= timezone.now() else "valid")
 
     @admin.action(description="Revoke", permissions=["change"])
     def revoke(self, request: HttpRequest, chosen: Any) -> None:
