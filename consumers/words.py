@@ -33,6 +33,7 @@ TONES = {
     "error": Tone("bad", "In error"),
     "dead": Tone("bad", "Dead letter"),
     "passed": Tone("idle", "Passed"),
+    "filtered": Tone("idle", "Filtered out"),
     "delivered": Tone("ok", "Delivered"),
     "firing": Tone("bad", "Firing"),
     "pending": Tone("warn", "Not long enough yet"),

@@ -21,14 +21,16 @@ from consumers.admin.pages import CONFIGURE, OPERATE, VIEW, ask, is_confirmed, n
 from consumers.models import Consumer
 from consumers.store import counters, lifecycle
 from consumers.store.counters import Rate
-from consumers.store.models import ConsumerPosition
+from consumers.store.models import ConsumerPosition, RelationVersion
 
 SINCE = {"10m": ("last 10 minutes", 10), "1h": ("last hour", 60), "1d": ("last day", 1440), "": ("all", 0)}
 STATES = {
     "all": "all", "waiting": "waiting", "out": "out", "parked": "failing or blocked", "dead": "dead letters", "passed": "taken and done",
+    "filtered": "filtered out",
 }  # fmt: skip
 MAX_BATCH = 1_000
-TABS = ("messages", "code")
+SHAPES_LOOKED_AT = 100
+TABS = ("messages", "rules", "code")
 
 
 @needs(VIEW)
@@ -38,6 +40,8 @@ def show(request: HttpRequest, pk: UUID) -> HttpResponse:
     context: dict[str, Any] = {"consumer": consumer, "tab": tab if tab in TABS else "messages", **_standing(consumer)}
     if context["tab"] == "code":
         context["examples"] = _examples(request, consumer)
+    elif context["tab"] == "rules":
+        context["columns"] = _columns(consumer)
     else:
         context.update(_listed(request, consumer))
     return page(request, "console/consumer.html", consumer.name, may_operate=request.user.has_perm(OPERATE), **context)
@@ -165,6 +169,18 @@ def _listed(request: HttpRequest, consumer: Consumer) -> dict[str, Any]:
 def _since(name: str) -> datetime | None:
     minutes = SINCE.get(name, ("", 0))[1]
     return timezone.now() - timedelta(minutes=minutes) if minutes else None
+
+
+def _columns(consumer: Consumer) -> list[str]:
+    """Names of its tables' columns, for the editor to complete."""
+    shapes = RelationVersion.objects.filter(source=consumer.source_id).order_by("-seen_at")[:SHAPES_LOOKED_AT]
+    names = {
+        column["name"]
+        for shape in shapes
+        if not consumer.tables or str(shape) in consumer.tables or f"{shape.schema_name}.*" in consumer.tables
+        for column in shape.columns
+    }  # fmt: skip
+    return sorted(name for name in names if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name))
 
 
 def _examples(request: HttpRequest, consumer: Consumer) -> list[client_code.Example]:

@@ -11,7 +11,7 @@ from django.utils import timezone
 from unfold.decorators import display
 
 from consumers import changes, health
-from consumers.admin import consumer_page, creating, message_page
+from consumers.admin import consumer_page, creating, message_page, rules
 from consumers.admin.configuration import ConfigurationAdmin
 from consumers.admin.forms import ConsumerForm
 from consumers.admin.pages import ask, is_confirmed
@@ -50,6 +50,9 @@ class ConsumerAdmin(ConfigurationAdmin):
             path("tables/", view(creating.tables), name="consumers_consumer_tables"),
             path("try-endpoint/", view(creating.try_endpoint), name="consumers_consumer_try_endpoint"),
             path("<uuid:pk>/", view(consumer_page.show), name="consumers_consumer_page"),
+            path("try/", view(rules.try_new), name="consumers_consumer_try_new"),
+            path("<uuid:pk>/try/", view(rules.try_saved), name="consumers_consumer_try"),
+            path("<uuid:pk>/rules/", view(rules.save), name="consumers_consumer_rules"),
             path("<uuid:pk>/messages/", view(consumer_page.live), name="consumers_consumer_messages"),
             path("<uuid:pk>/numbers/", view(consumer_page.numbers), name="consumers_consumer_numbers"),
             path("<uuid:pk>/status/<slug:status>/", view(consumer_page.set_status), name="consumers_consumer_status"),

@@ -13,6 +13,7 @@ from uuid import UUID
 from django.db import connection, transaction
 from django.db.utils import OperationalError
 
+from consumers.admin import judging
 from consumers.models import Consumer
 from consumers.store.types import ACTIONS
 
@@ -20,7 +21,8 @@ PAGE = 50
 SEARCHED_ROWS = 30_000  # of the log in one request
 STATEMENT_TIMEOUT_MS = 3_000
 RECORD_CHARACTERS = 400
-LOG_STATES = ("all", "waiting", "passed")
+LOG_STATES = ("all", "waiting", "passed", "filtered")
+JUDGED = 500  # passed messages that the filter is asked about, when only those it left out are wanted
 STATES = (*LOG_STATES, "out", "parked", "dead")
 
 _COLUMNS = f"""m.id, m.action::text, r.schema_name, r.table_name, m.key, left(m.record, {RECORD_CHARACTERS}), length(m.record) > {RECORD_CHARACTERS},
@@ -37,7 +39,7 @@ _LOG_SQL = f"""
     SELECT {_COLUMNS} FROM consumer_position p JOIN consumers_consumer c ON c.id = p.consumer,
     LATERAL (SELECT x.* FROM messages x WHERE x.source = p.source AND x.id < %(before)s AND x.id > %(above)s
              ORDER BY x.id DESC LIMIT {SEARCHED_ROWS}) m JOIN relation_version r ON r.id = m.relation
-    WHERE p.consumer = %(consumer)s AND {_FOR_IT} AND {_WANTED} ORDER BY m.id DESC LIMIT {PAGE + 1}
+    WHERE p.consumer = %(consumer)s AND {_FOR_IT} AND {_WANTED} ORDER BY m.id DESC LIMIT %(limit)s
 """
 _HELD_SQL = f"""
     SELECT {_COLUMNS} FROM consumer_position p, LATERAL ({{held}}) h, LATERAL (
@@ -62,7 +64,7 @@ _STANDING_SQL = """
 
 
 class Standing(NamedTuple):
-    """Where a message stands with a consumer. `state`: waiting, out, retry, blocked, error, dead, delivered or passed."""
+    """Where a message stands with a consumer. `state`: waiting, out, retry, blocked, error, dead, delivered, filtered or passed."""
 
     state: str
     deliver_count: int = 0
@@ -129,21 +131,26 @@ def _newest(cursor: Any, consumer: Consumer, wanted: Wanted) -> Page:
     before, above = wanted.before, 0
     if wanted.state == "waiting":
         above = row[0]
-    elif wanted.state == "passed":
+    elif wanted.state in ("passed", "filtered"):
         before = min(before, row[0] + 1)
+    size = JUDGED if wanted.state == "filtered" else PAGE
     parameters = {
         "consumer": consumer.pk, "key": None if wanted.key is None else key_text(wanted.key), "since": wanted.since,
-        "text": wanted.text or None, "before": before, "above": above,
+        "text": wanted.text or None, "before": before, "above": above, "limit": size + 1,
     }  # fmt: skip
     from_log = wanted.state in LOG_STATES
     cursor.execute(_LOG_SQL if from_log else _HELD_SQL.format(held=_HELD[wanted.state]), parameters)
     found = cursor.fetchall()
     standings = _standings(cursor, consumer.pk, [(row[0], row[8]) for row in found])
-    rows = [Row(f[0], ACTIONS[f[1]], f"{f[2]}.{f[3]}", f[4], f[5], f[6], f[7], standings[f[0]]) for f in found[:PAGE]]
+    rows = [Row(f[0], ACTIONS[f[1]], f"{f[2]}.{f[3]}", f[4], f[5], f[6], f[7], standings[f[0]]) for f in found[:size]]
     if wanted.state == "passed":
         rows = [row for row in rows if row.standing.state in ("delivered", "passed")]
-    if len(found) > PAGE:
-        return Page(rows, found[PAGE - 1][0])
+    elif wanted.state == "filtered":
+        rows = [row for row in rows if row.standing.state == "filtered"]
+        if len(rows) > PAGE:
+            return Page(rows[:PAGE], rows[PAGE - 1].id)
+    if len(found) > size:
+        return Page(rows, found[size - 1][0], searched_rows=size if size > PAGE else None)
     if from_log:
         cursor.execute(
             "SELECT count(*), min(id) FROM (SELECT m.id FROM messages m WHERE m.source = %s AND m.id < %s AND m.id > %s"
@@ -165,12 +172,17 @@ def _standings(cursor: Any, consumer_id: UUID, found: list[tuple[int, bool]]) ->
         [consumer_id, ids],
     )
     delivered = dict(cursor.fetchall())
+    unsure = [id_ for id_, waiting in found if not waiting and id_ not in known and id_ not in delivered]
+    filtered = judging.dropped(consumer_id, unsure)
     for id_, waiting in found:
         if id_ not in known:
             if waiting:
                 known[id_] = Standing("waiting")
             else:
-                known[id_] = Standing("delivered", delivered[id_]) if id_ in delivered else Standing("passed")
+                known[id_] = (
+                    Standing("delivered", delivered[id_]) if id_ in delivered
+                    else Standing("filtered" if id_ in filtered else "passed")
+                )  # fmt: skip
     return known
 
 

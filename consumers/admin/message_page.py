@@ -6,20 +6,23 @@ import shlex
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from django.db import connection
+from django.db import DatabaseError, connection
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, render
 from django.urls import reverse
 from django.utils import timezone
 
+from consumers import envelope, trying
 from consumers.admin import json_text, listing
 from consumers.admin.listing import Standing
 from consumers.admin.pages import OPERATE, VIEW, needs, page
 from consumers.api.message_log import ListedMessage
-from consumers.envelope import addressing, idempotency_key, render_with
+from consumers.envelope import idempotency_key
 from consumers.models import Consumer
+from consumers.source_connection import SourceUnreachable
 from consumers.store.models import Attempt
 from consumers.store.types import ACTIONS
+from consumers.trying import Tried
 
 ATTEMPTS_SHOWN = 50
 FRESH_S = 20
@@ -50,21 +53,30 @@ def show(request: HttpRequest, pk: UUID, message_id: int) -> HttpResponse:
     message = _message(consumer, message_id)
     happened = _happened(consumer, message)
     standing: Standing = happened["standing"]
-    source = consumer.source
-    tail = addressing(
-        consumer_id=consumer.pk, consumer_name=consumer.name, source_id=source.pk, source_name=source.name, database=source.database
-    )
-    payload = render_with(message, tail).decode()
+    payload = envelope.render(message, trying.address_of(consumer)).decode()
+    tried = _tried(consumer, message_id)
     return page(
         request, "console/message.html", f"Message {message_id}",
-        **happened, payload=json_text.pretty(payload),
+        **happened, payload=json_text.pretty(payload), tried=tried,
+        made=json_text.pretty(tried.payload.decode()) if tried and consumer.transform and tried.payload else "",
         differences=json_text.differences(message.record, message.changes) if message.record.startswith("{") else [],
         lsn=f"{message.commit_lsn >> 32:X}/{message.commit_lsn & 0xFFFFFFFF:X}",
         key=", ".join(json.loads(message.key)) or "–", idempotency_key=idempotency_key(message),
-        curl=_curl(consumer, message, payload) if consumer.endpoint else "",
+        curl=_curl(consumer, message, tried.payload.decode() if tried and tried.payload else payload) if consumer.endpoint else "",
         may_operate=request.user.has_perm(OPERATE), is_stuck=standing.state in ("retry", "blocked", "error", "dead"),
         back=reverse("admin:consumers_consumer_page", args=[pk]), here=request.path,
     )  # fmt: skip
+
+
+def _tried(consumer: Consumer, message_id: int) -> Tried | None:
+    """What its filter and transform, as they are now, make of the message. None: it has neither, or they cannot be asked."""
+    if not consumer.where and not consumer.transform:
+        return None
+    sample = trying.stored(consumer, message_id)
+    try:
+        return trying.run(consumer, [sample])[0] if sample is not None else None
+    except (SourceUnreachable, DatabaseError):
+        return None
 
 
 @needs(VIEW)
@@ -81,7 +93,7 @@ def _happened(consumer: Consumer, message: ListedMessage) -> dict[str, Any]:
     is_fresh = bool(attempts) and (timezone.now() - attempts[-1].at).total_seconds() < FRESH_S
     return {
         "consumer": consumer, "message": message, "standing": standing, "history": _history(consumer, message, standing, attempts),
-        "is_open": is_fresh or standing.state not in ("delivered", "passed"),
+        "is_open": is_fresh or standing.state not in ("delivered", "passed", "filtered"),
     }  # fmt: skip
 
 
@@ -126,6 +138,8 @@ def _now(consumer: Consumer, standing: Standing, tried: bool) -> Step:
             return Step("bad", "In error: filter or transform failed", standing.due_at, why)
         case "dead":
             return Step("bad", "Dead letter: not tried any more", None, f"Tried {times}. {why}")
+        case "filtered":
+            return Step("idle", "Not delivered: the filter, as it is now, says no", None, f"where {consumer.where[:300]}")
         case "delivered":
             return Step("ok", "Delivered and acknowledged", None)
         case _:

@@ -24,7 +24,7 @@ _LOOK_SQL = """
            CASE WHEN s.source_lsn > p.reached_lsn THEN extract(epoch FROM now() - p.updated_at) ELSE 0 END AS lag_s
     FROM consumers_source c JOIN capture_progress p ON p.source = c.id LEFT JOIN source_status s ON s.source = c.id
     UNION ALL
-    SELECT c.id, 0, p.acked_count, p.failed_count, coalesce((to_jsonb(p) ->> 'filtered_count')::bigint, 0),
+    SELECT c.id, 0, p.acked_count, p.failed_count, p.filtered_count,
            CASE WHEN w.n < %(exact)s THEN w.n ELSE greatest(w.n, ((l.last - p.position) * h.share)::bigint) END,
            NULL, CASE WHEN o.first IS NULL THEN 0 ELSE greatest(0, extract(epoch FROM now() - (
                SELECT m.committed_at FROM messages m WHERE m.source = p.source AND m.id = o.first))) END

@@ -9,6 +9,7 @@ from django.test import Client
 
 from consumers.models import ApiToken, Consumer, HttpEndpoint, Source
 from consumers.store import claims, lifecycle
+from consumers.store.models import Message
 from consumers.store.types import Failure
 from tests.store.test_claims import Log
 
@@ -205,3 +206,35 @@ def test_the_system_checks_pass() -> None:
     from django.core.management import call_command
 
     call_command("check")
+
+
+def test_filter_and_transform_are_tried_on_real_messages_before_they_are_saved(console: Client, make_source: Any, source_database: Any) -> None:
+    source_database.execute("CREATE TABLE orders (id int PRIMARY KEY, n int)")
+    source = make_source()
+    consumer = Consumer(name="tried", source=source, kind="pull", tables=["public.orders"])
+    from consumers import changes
+
+    changes.save(consumer)
+    log = Log(source)
+    log.lsn = 1 << 40  # beyond where the source really is
+    log.append(log.row(1), log.row(2), log.row(3))
+    log.appender.close()
+    base = f"/admin/consumers/consumer/{consumer.pk}/"
+    rules = {"where": "id >= 2", "transform": "function transform(action, record) return {only = record.id} end"}
+    shown = console.post(f"{base}try/", rules).content.decode()
+    assert "Of the newest 3 messages, 2 would be delivered" in shown and "Filtered out" in shown and "&quot;only&quot;: 3" in shown
+    refused = console.post(f"{base}rules/", {**rules, "where": "idd >= 2"}).content.decode()
+    assert "Filter:" in refused and "idd" in refused and Consumer.objects.get(pk=consumer.pk).where == ""
+    assert "line 1" in console.post(f"{base}try/", {**rules, "transform": "function transform( return 1 end"}).content.decode()
+    assert "HX-Redirect" in console.post(f"{base}rules/", rules)
+    assert Consumer.objects.get(pk=consumer.pk).where == "id >= 2"
+    # What it leaves out can be looked at, and the message says why it did not come.
+    while claims.claim(consumer.pk, 10, lease_ms=1000).token is not None:
+        pass
+    listed = console.get(f"{base}?state=filtered").content.decode()
+    number = Message.objects.order_by("id")[0].pk
+    first, second = f"{base}message/{number}/", f"{base}message/{number + 1}/"
+    assert first in listed and second not in listed
+    page = console.get(first).content.decode()
+    assert "Not delivered: the filter, as it is now, says no" in page
+    assert "&quot;only&quot;: 2" in console.get(second).content.decode()
