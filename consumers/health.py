@@ -37,9 +37,11 @@ def sources(now: datetime, only: UUID | None = None) -> list[Judged]:
 
 def consumers(now: datetime, only: UUID | None = None) -> list[Judged]:
     """`ok`, `paused`, `disabled` or `degraded`."""
+    forgotten = now - max(settings.SEQUIN_RETENTION / 2, FORGOTTEN_AT_LEAST)
     rows = _fetch(
         "SELECT c.name, c.status, c.status_reason, c.max_parked, p.parked_count, p.dead_count, h.first_id, h.last_error,"
-        " p.dropped_count, w.committed_at, sequin_backlog_bytes(p.position), c.max_backlog_bytes"
+        " p.dropped_count, w.committed_at, CASE WHEN c.max_backlog_bytes IS NOT NULL OR w.committed_at < %(forgotten)s"
+        " THEN sequin_backlog_bytes(p.position) END, c.max_backlog_bytes"
         " FROM consumers_consumer c LEFT JOIN consumer_position p ON p.consumer = c.id LEFT JOIN LATERAL ("
         " SELECT committed_at FROM messages m WHERE m.source = p.source AND m.id > p.position ORDER BY m.id LIMIT 1) w ON true"
         " LEFT JOIN LATERAL ("
@@ -47,6 +49,7 @@ def consumers(now: datetime, only: UUID | None = None) -> list[Judged]:
         " AND p.parked_count + p.dead_count > 0 ORDER BY first_id LIMIT 1) h ON true"
         " WHERE %(only)s::uuid IS NULL OR c.id = %(only)s ORDER BY c.name",
         only,
+        forgotten,
     )
     return [_judge_consumer(now, settings.SEQUIN_RETENTION, *row) for row in rows]
 
@@ -100,7 +103,7 @@ def _judge_consumer(
     return Judged(name, "degraded" if reasons else "ok", reasons)
 
 
-def _fetch(query: str, only: UUID | None) -> list[tuple[Any, ...]]:
+def _fetch(query: str, only: UUID | None, forgotten: datetime | None = None) -> list[tuple[Any, ...]]:
     with connection.cursor() as cursor:
-        cursor.execute(query, {"only": only})
+        cursor.execute(query, {"only": only, "forgotten": forgotten})
         return cursor.fetchall()

@@ -15,6 +15,7 @@ from django.db.utils import OperationalError
 
 from consumers.admin import judging
 from consumers.models import Consumer
+from consumers.store.models import RelationVersion
 from consumers.store.types import ACTIONS
 
 PAGE = 50
@@ -25,27 +26,23 @@ LOG_STATES = ("all", "waiting", "passed", "filtered")
 JUDGED = 500  # passed messages that the filter is asked about, when only those it left out are wanted
 STATES = (*LOG_STATES, "out", "parked", "dead")
 
-_COLUMNS = f"""m.id, m.action::text, r.schema_name, r.table_name, m.key, left(m.record, {RECORD_CHARACTERS}), length(m.record) > {RECORD_CHARACTERS},
+_COLUMNS = f"""m.id, m.action::text, m.relation, m.key, left(m.record, {RECORD_CHARACTERS}), length(m.record) > {RECORD_CHARACTERS},
     m.committed_at, m.id > p.position"""
-# What a claim would take for this consumer, filters apart.
-_FOR_IT = """(m.consumer = p.consumer OR m.consumer IS NULL
-    AND CASE m.action WHEN 'I' THEN 'insert' WHEN 'U' THEN 'update' WHEN 'D' THEN 'delete' WHEN 'T' THEN 'truncate' END
-        = ANY (c.actions)
-    AND (c.tables = '{}' OR r.schema_name || '.' || r.table_name = ANY (c.tables) OR r.schema_name || '.*' = ANY (c.tables))
-    AND (m.epoch <> p.start_epoch OR m.commit_lsn >= p.start_lsn))"""
 _WANTED = """(%(key)s::text IS NULL OR m.key = %(key)s) AND (%(since)s::timestamptz IS NULL OR m.committed_at >= %(since)s)
     AND (%(text)s::text IS NULL OR strpos(lower(m.record), lower(%(text)s)) > 0 OR strpos(lower(m.changes), lower(%(text)s)) > 0)"""
+# What a claim would take for this consumer, filters apart. Nothing is joined: so the search ends with the last row it shows.
 _LOG_SQL = f"""
-    SELECT {_COLUMNS} FROM consumer_position p JOIN consumers_consumer c ON c.id = p.consumer,
-    LATERAL (SELECT x.* FROM messages x WHERE x.source = p.source AND x.id < %(before)s AND x.id > %(above)s
-             ORDER BY x.id DESC LIMIT {SEARCHED_ROWS}) m JOIN relation_version r ON r.id = m.relation
-    WHERE p.consumer = %(consumer)s AND {_FOR_IT} AND {_WANTED} ORDER BY m.id DESC LIMIT %(limit)s
+    SELECT {_COLUMNS} FROM consumer_position p,
+    LATERAL (SELECT x.* FROM messages x WHERE x.source = %(source)s AND x.id < %(before)s AND x.id > %(above)s
+             ORDER BY x.id DESC LIMIT {SEARCHED_ROWS}) m
+    WHERE p.consumer = %(consumer)s AND {_WANTED} AND (m.consumer = p.consumer OR m.consumer IS NULL AND m.action = ANY (%(actions)s)
+      AND m.relation = ANY (%(relations)s) AND (m.epoch <> p.start_epoch OR m.commit_lsn >= p.start_lsn))
+    ORDER BY m.id DESC LIMIT %(limit)s
 """
 _HELD_SQL = f"""
     SELECT {_COLUMNS} FROM consumer_position p, LATERAL ({{held}}) h, LATERAL (
-        SELECT x.* FROM messages x WHERE x.source = p.source AND x.id = h.id
-        UNION ALL SELECT x.* FROM kept_messages x WHERE x.source = p.source AND x.id = h.id LIMIT 1) m
-    JOIN relation_version r ON r.id = m.relation
+        SELECT x.* FROM messages x WHERE x.source = %(source)s AND x.id = h.id
+        UNION ALL SELECT x.* FROM kept_messages x WHERE x.source = %(source)s AND x.id = h.id LIMIT 1) m
     WHERE p.consumer = %(consumer)s AND m.id < %(before)s AND m.id > %(above)s AND {_WANTED} ORDER BY m.id DESC LIMIT {PAGE + 1}
 """
 _HELD = {
@@ -134,15 +131,17 @@ def _newest(cursor: Any, consumer: Consumer, wanted: Wanted) -> Page:
     elif wanted.state in ("passed", "filtered"):
         before = min(before, row[0] + 1)
     size = JUDGED if wanted.state == "filtered" else PAGE
+    tables = {shape.pk: str(shape) for shape in RelationVersion.objects.filter(source=consumer.source_id).defer("columns")}
     parameters = {
-        "consumer": consumer.pk, "key": None if wanted.key is None else key_text(wanted.key), "since": wanted.since,
+        "consumer": consumer.pk, "source": consumer.source_id, "relations": [pk for pk, name in tables.items() if _takes(consumer, name)],
+        "actions": [letter for letter, action in ACTIONS.items() if action in consumer.actions], "key": None if wanted.key is None else key_text(wanted.key), "since": wanted.since,
         "text": wanted.text or None, "before": before, "above": above, "limit": size + 1,
     }  # fmt: skip
     from_log = wanted.state in LOG_STATES
     cursor.execute(_LOG_SQL if from_log else _HELD_SQL.format(held=_HELD[wanted.state]), parameters)
     found = cursor.fetchall()
-    standings = _standings(cursor, consumer.pk, [(row[0], row[8]) for row in found])
-    rows = [Row(f[0], ACTIONS[f[1]], f"{f[2]}.{f[3]}", f[4], f[5], f[6], f[7], standings[f[0]]) for f in found[:size]]
+    standings = _standings(cursor, consumer.pk, [(row[0], row[7]) for row in found])
+    rows = [Row(f[0], ACTIONS[f[1]], tables.get(f[2], ""), _key(f[3]), f[4], f[5], f[6], standings[f[0]]) for f in found[:size]]
     if wanted.state == "passed":
         rows = [row for row in rows if row.standing.state in ("delivered", "passed")]
     elif wanted.state == "filtered":
@@ -184,6 +183,16 @@ def _standings(cursor: Any, consumer_id: UUID, found: list[tuple[int, bool]]) ->
                     else Standing("filtered" if id_ in filtered else "passed")
                 )  # fmt: skip
     return known
+
+
+def _takes(consumer: Consumer, table: str) -> bool:
+    return not consumer.tables or table in consumer.tables or f"{table.partition('.')[0]}.*" in consumer.tables
+
+
+def _key(text: str) -> str:
+    """As a person writes it: one column's value is itself."""
+    values = json.loads(text)
+    return str(values[0]) if len(values) == 1 else text
 
 
 def key_text(key: str) -> str:
