@@ -8,4 +8,4 @@ class ConsumersConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from consumers import signals  # noqa: F401  (connects the receivers)
+        from consumers import roles, signals  # noqa: F401  (connects the receivers)

@@ -11,6 +11,7 @@ import psycopg
 from django.core.exceptions import ValidationError
 from django.db import transaction
 
+from consumers import audit
 from consumers.models import Consumer, HttpEndpoint, Source
 from consumers.publishing import demand_publication, publish_tables
 from consumers.routing import check_where
@@ -25,6 +26,8 @@ from consumers.source_setup import (
 )
 from consumers.store import lifecycle
 
+SECRET_FIELDS = ("password", "secret_headers", "signing_secret")
+UNTOLD_FIELDS = ("id", "created_at", "updated_at", "status_reason", "slot_created", "publication_created")
 REACHED_BY = ("host", "port", "database", "username", "password", "sslmode", "ssl_root_cert", "slot_name", "publication_name")
 
 
@@ -43,7 +46,9 @@ def save(thing: Source | HttpEndpoint | Consumer, prepared: Prepared | None = No
     elif isinstance(thing, Consumer):
         _save_consumer(thing)
     else:
-        thing.save()
+        with transaction.atomic():
+            _record(thing)
+            thing.save()
 
 
 def delete(thing: Source | HttpEndpoint | Consumer, *, discard: bool = False, drop_replication: bool = False) -> None:
@@ -64,10 +69,13 @@ def delete(thing: Source | HttpEndpoint | Consumer, *, discard: bool = False, dr
             except (SourceUnreachable, psycopg.Error) as error:
                 raise InUse(f"its slot could not be dropped: {error}. Delete the source without it, and later the slot") from None
         with transaction.atomic():
+            audit.record("delete", thing, drop_replication=drop_replication)
             lifecycle.drop_source(thing.pk)
             thing.delete()
     else:
-        thing.delete()
+        with transaction.atomic():
+            audit.record("delete", thing)
+            thing.delete()
 
 
 def rehearse(thing: Source | HttpEndpoint | Consumer) -> Prepared | None:
@@ -124,7 +132,19 @@ def recover(source: Source) -> None:
         raise ValidationError({error.field: error.reason}) from None
     except psycopg.Error as error:
         raise ValidationError({"host": reason_of(error, source)}) from None
-    source.save()  # its reader starts anew
+    with transaction.atomic():
+        audit.record("recover", source)
+        source.save()  # its reader starts anew
+
+
+def acknowledge_gap(source: Source) -> bool:
+    """Somebody knows that changes may be missing. False: there is no gap."""
+    with transaction.atomic():
+        gap = lifecycle.gap(source.pk)
+        if not lifecycle.acknowledge_gap(source.pk):
+            return False
+        audit.record("acknowledge_gap", source, gap=gap)
+    return True
 
 
 def _is_where_it_was(source: Source) -> bool:
@@ -142,13 +162,15 @@ def _save_source(source: Source, made: Prepared | None) -> None:
         kept_publication = before is not None and before.publication_name == source.publication_name and before.publication_created
         source.slot_created = made.slot_created or kept_slot
         source.publication_created = made.publication_created or kept_publication
-    source.save()
-    if before is not None and before.slot_created and _slot_of(before) != _slot_of(source):
-        lifecycle.note_source(
-            source.pk, "slot_left",
-            f"the slot {before.slot_name} stays behind on {before.host}:{before.port} and keeps WAL there until it is dropped:"
-            f" SELECT pg_drop_replication_slot('{before.slot_name}')",
-        )  # fmt: skip
+    with transaction.atomic():
+        _record(source)
+        source.save()
+        if before is not None and before.slot_created and _slot_of(before) != _slot_of(source):
+            lifecycle.note_source(
+                source.pk, "slot_left",
+                f"the slot {before.slot_name} stays behind on {before.host}:{before.port} and keeps WAL there until it is dropped:"
+                f" SELECT pg_drop_replication_slot('{before.slot_name}')",
+            )  # fmt: skip
 
 
 def _slot_of(source: Source) -> tuple[str, int, str, str]:
@@ -163,12 +185,15 @@ def _save_consumer(consumer: Consumer) -> None:
         _publish(consumer)
     if before is None:
         with transaction.atomic():
+            _record(consumer)
             consumer.save()
             lifecycle.create_position(consumer.pk, consumer.source_id, _position(consumer.source))
         return
     with transaction.atomic():
         if before.status != consumer.status:
             consumer.status_reason = ""
+        dropped = lifecycle.backlog(consumer.pk).undelivered if consumer.status == "disabled" != before.status else None
+        _record(consumer, dropped)
         consumer.save()
         if before.status != consumer.status:
             if consumer.status == "disabled":
@@ -178,6 +203,26 @@ def _save_consumer(consumer: Consumer) -> None:
         if (before.where, before.transform) != (consumer.where, consumer.transform):
             lifecycle.mended(consumer.pk)
         lifecycle.wake(consumer.pk)
+
+
+def _record(thing: Source | HttpEndpoint | Consumer, count: int | None = None) -> None:
+    """Before it is saved: what is new or different, secrets by name only."""
+    before = type(thing).objects.filter(pk=thing.pk).first()
+    told = {
+        field.name: "********" if field.name in SECRET_FIELDS else _told(field.value_from_object(thing))
+        for field in thing._meta.fields
+        if field.name not in UNTOLD_FIELDS
+        and (before is None or field.value_from_object(before) != field.value_from_object(thing))
+    }  # fmt: skip
+    if before is None:
+        audit.record("create", thing)
+    elif told:
+        audit.record(str(told["status"]) if set(told) == {"status"} else "change", thing, count, **told)
+
+
+def _told(value: Any) -> Any:
+    text = str(value)
+    return value if len(text) <= 200 else text[:200] + "…"
 
 
 def _publish(consumer: Consumer) -> None:
@@ -207,6 +252,7 @@ def _delete_consumer(consumer: Consumer, discard: bool) -> None:
             raise InUse(
                 f"{consumer.name} has {undelivered} undelivered messages: delete it with ?discard=true to drop them"
             )
+        audit.record("delete", consumer, undelivered or None)
         lifecycle.drop_consumer(consumer.pk)
         consumer.delete()
 

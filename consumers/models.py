@@ -19,6 +19,9 @@ from django.core.exceptions import ValidationError
 from django.core.validators import MaxValueValidator, MinValueValidator
 from django.db import models
 
+from consumers.alert_models import AlertDestination, AlertEpisode, AlertNotice, AlertRule  # noqa: F401  (found through this module)
+from consumers.audit import AuditEntry  # noqa: F401
+from consumers.login import LoginFailure  # noqa: F401
 from consumers.fields import EncryptedJSONField, EncryptedTextField
 from consumers.store.models import (  # noqa: F401  (Django finds the models through this module)
     Attempt,
@@ -135,6 +138,7 @@ class Source(Named):
 
     class Meta(Named.Meta):
         abstract = False
+        permissions = [("operate_source", "Can pause, resume, check and recover sources")]
 
     @property
     def effective_sslmode(self) -> str:
@@ -251,6 +255,7 @@ class Consumer(Named):
 
     class Meta(Named.Meta):
         abstract = False
+        permissions = [("operate_consumer", "Can pause, resume and replay consumers, retry and discard messages")]
 
     def clean(self) -> None:
         errors: dict[str, Any] = {}

@@ -23,6 +23,7 @@ from rest_framework.authentication import BaseAuthentication
 from rest_framework.exceptions import AuthenticationFailed, Throttled
 from rest_framework.permissions import BasePermission
 
+from consumers import audit
 from consumers.models import ApiToken, Consumer
 
 PREFIX = "sqn_"
@@ -72,6 +73,7 @@ def create_token(
     token.full_clean()
     token.save()
     token.consumers.set(consumers or [])
+    audit.record("create", token, scope=scope)
     return token, plain
 
 
@@ -127,6 +129,7 @@ class TokenAuthentication(BaseAuthentication):
             raise AuthenticationFailed("the token is unknown, revoked or expired")
         if caller.rate_limit is not None and not _admit(caller.token_id, caller.rate_limit, time.monotonic()):
             raise Throttled(1, f"more than {caller.rate_limit} requests a second with this token")
+        audit.acting_as(f"token {caller.name}", request.META.get("REMOTE_ADDR") or None)
         return caller, None
 
     def authenticate_header(self, request: Any) -> str:

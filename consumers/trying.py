@@ -32,17 +32,24 @@ MOST = 100
 LOOK_BACK = 100_000  # messages of the log, for recent ones
 _pool = Pool(live=8)
 
-_RECENT_SQL = """
+_COLUMNS = """
     SELECT m.id, m.action::text, r.schema_name, r.table_name, m.record, m.changes, m.key, m.commit_lsn, m.commit_idx,
            to_char(m.committed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged, m.old_values_known,
            m.annotations, m.source, r.oid, r.columns::text, r.primary_key, r.replica_identity
+"""
+_RECENT_SQL = f"""{_COLUMNS}
     FROM messages m JOIN relation_version r ON r.id = m.relation
     WHERE m.source = %(source)s AND m.id > (SELECT coalesce(max(id), 0) FROM messages WHERE source = %(source)s) - %(back)s
       AND (m.consumer IS NULL OR m.consumer = %(consumer)s)
       AND CASE m.action WHEN 'I' THEN 'insert' WHEN 'U' THEN 'update' WHEN 'D' THEN 'delete' WHEN 'T' THEN 'truncate' ELSE 'read' END
           = ANY (%(actions)s::text[] || 'read'::text)
-      AND (%(tables)s::text[] = '{}' OR r.schema_name || '.' || r.table_name = ANY (%(tables)s) OR r.schema_name || '.*' = ANY (%(tables)s))
+      AND (%(tables)s::text[] = '{{}}' OR r.schema_name || '.' || r.table_name = ANY (%(tables)s) OR r.schema_name || '.*' = ANY (%(tables)s))
     ORDER BY m.id DESC LIMIT %(count)s
+"""
+_STORED_SQL = f"""{_COLUMNS}
+    FROM (SELECT * FROM messages x WHERE x.source = %(source)s AND x.id = %(id)s
+          UNION ALL SELECT * FROM kept_messages x WHERE x.source = %(source)s AND x.id = %(id)s LIMIT 1) m
+    JOIN relation_version r ON r.id = m.relation
 """
 _SHAPE_SQL = """
     SELECT oid, schema_name, table_name, columns::text, primary_key, replica_identity FROM relation_version
@@ -105,19 +112,28 @@ def recent(consumer: Consumer, count: int) -> list[Sample]:
             },
         )  # fmt: skip
         rows = cursor.fetchall()
-    to = address_of(consumer)
-    samples = []
-    for (
+    return [_sample(row, address_of(consumer)) for row in reversed(rows)]
+
+
+def stored(consumer: Consumer, message_id: int) -> Sample | None:
+    """One message of the log, whoever it is for; None when it is not there."""
+    with connection.cursor() as cursor:
+        cursor.execute(_STORED_SQL, {"source": consumer.source_id, "id": message_id})
+        row = cursor.fetchone()
+    return None if row is None else _sample(row, address_of(consumer))
+
+
+def _sample(row: tuple[Any, ...], to: Addressing) -> Sample:
+    (
         number, action, schema, table, record, changes, key, lsn, index, at, epoch, unchanged, known, notes, source, oid, columns,
         primary_key, identity,
-    ) in reversed(rows):  # fmt: skip
-        message = ClaimedMessage(
-            number, 1, 0, None, None, ACTIONS[action], schema, table, record, changes, key, lsn, index, at, epoch, unchanged, known,
-            notes, source,
-        )  # fmt: skip
-        shape = _shape(oid, schema, table, columns, primary_key, identity)
-        samples.append(Sample(message.action, record, changes, metadata(message, to), render(message, to), known, shape))
-    return samples
+    ) = row  # fmt: skip
+    message = ClaimedMessage(
+        number, 1, 0, None, None, ACTIONS[action], schema, table, record, changes, key, lsn, index, at, epoch, unchanged, known,
+        notes, source,
+    )  # fmt: skip
+    shape = _shape(oid, schema, table, columns, primary_key, identity)
+    return Sample(message.action, record, changes, metadata(message, to), render(message, to), known, shape)
 
 
 def pasted(consumer: Consumer, messages: Sequence[Any], written: Callable[[Any], str]) -> list[Sample]:

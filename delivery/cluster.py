@@ -20,6 +20,7 @@ from django_q.brokers import get_broker
 from django_q.tasks import async_task
 
 from consumers.store import lifecycle, turns
+from delivery.chores import Chores
 from delivery.push.tasks import PUMP_TASK
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class Watcher:
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
+        chores = Chores()
+        chores.start()
         try:
             while not self._stopping:
                 try:
@@ -58,6 +61,7 @@ class Watcher:
                 self._pause()
         finally:
             self._end()
+            chores.stop()
 
     def _look(self) -> None:
         now = time.monotonic()

@@ -36,6 +36,8 @@ class Environment:
     csrf_trusted_origins: list[str]
     debug: bool
     broker_url: str | None
+    email: dict[str, Any] | None
+    email_from: str
     workers: int
     allowed_networks: list[Network]
     min_free_disk: str
@@ -67,6 +69,8 @@ def read() -> Environment:
         csrf_trusted_origins=_list("CSRF_TRUSTED_ORIGINS"),
         debug=_bool("DEBUG"),
         broker_url=_broker_url(),
+        email=_email(),
+        email_from=os.environ.get("EMAIL_FROM") or "sequin@localhost",
         workers=_int("SEQUIN_WORKERS", os.cpu_count() or 1, 1, 256),
         allowed_networks=[_network(text) for text in _list("SEQUIN_ALLOWED_NETWORKS")],
         min_free_disk=_min_free_disk(),
@@ -189,6 +193,29 @@ def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
     if text not in choices:
         raise ImproperlyConfigured(f"{name}: expected one of {', '.join(choices)}, got {text!r}")
     return text
+
+
+def _email() -> dict[str, Any] | None:
+    """Django's EMAIL_… settings of an EMAIL_URL such as smtp://, smtp+tls:// or smtp+ssl://user:password@host:port."""
+    url = os.environ.get("EMAIL_URL", "").strip()
+    if not url:
+        return None
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ImproperlyConfigured(f"EMAIL_URL: {error}") from None
+    if parts.scheme not in ("smtp", "smtp+tls", "smtp+ssl") or not parts.hostname:
+        raise ImproperlyConfigured("EMAIL_URL: expected smtp://, smtp+tls:// or smtp+ssl:// and user:password@host:port")
+    return {
+        "EMAIL_HOST": parts.hostname,
+        "EMAIL_PORT": port or {"smtp": 25, "smtp+tls": 587, "smtp+ssl": 465}[parts.scheme],
+        "EMAIL_HOST_USER": unquote(parts.username or ""),
+        "EMAIL_HOST_PASSWORD": unquote(parts.password or ""),
+        "EMAIL_USE_TLS": parts.scheme == "smtp+tls",
+        "EMAIL_USE_SSL": parts.scheme == "smtp+ssl",
+        "EMAIL_TIMEOUT": 10,
+    }
 
 
 def _network(text: str) -> Network:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from django.urls import reverse_lazy
+from django.templatetags.static import static
 
 from sequinapp import env as environment
 from sequinapp.embedded_postgres import EmbeddedPostgres
@@ -47,12 +47,14 @@ INSTALLED_APPS = [
     "delivery",
 ]
 MIDDLEWARE = [
+    "consumers.console_headers.ConsoleHeaders",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "consumers.audit.ActorKnown",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
@@ -79,9 +81,21 @@ STATIC_URL = "static/"
 WHITENOISE_USE_FINDERS = True
 WHITENOISE_AUTOREFRESH = False
 LOGIN_URL = "admin:login"
+LOGIN_REDIRECT_URL = "admin:index"
 APPEND_SLASH = True
 SECURE_CONTENT_TYPE_NOSNIFF = True
-SESSION_COOKIE_HTTPONLY = True
+SESSION_COOKIE_NAME = "sequin_session"
+SESSION_COOKIE_AGE = 12 * 3600
+SESSION_COOKIE_HTTPONLY = CSRF_COOKIE_HTTPONLY = True
+# A TLS proxy in front is known by the origins it needs (see consumers/console_headers.py).
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = bool(CSRF_TRUSTED_ORIGINS) and all(o.startswith("https://") for o in CSRF_TRUSTED_ORIGINS)
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": f"django.contrib.auth.password_validation.{name}", "OPTIONS": options}
+    for name, options in (
+        ("UserAttributeSimilarityValidator", {}), ("MinimumLengthValidator", {"min_length": 10}), ("CommonPasswordValidator", {}),
+        ("NumericPasswordValidator", {}),
+    )
+]  # fmt: skip
 DATA_UPLOAD_MAX_MEMORY_SIZE = 1_048_576  # a request's body, bytes; also for the API
 
 IS_WEB = "run_web" in sys.argv
@@ -124,6 +138,12 @@ SPECTACULAR_SETTINGS = {
     "SERVE_PERMISSIONS": ["consumers.tokens.ConsoleOrToken"],
 }
 
+EMAIL_CONFIGURED = ENV.email is not None
+DEFAULT_FROM_EMAIL = ENV.email_from
+globals().update(ENV.email or {})
+
+SEQUIN_SENDER = "delivery.push.once.post"  # how the console sends a test message
+
 # A pump's slice is 60 s and an endpoint's timeout at most 60 s more; delivery/checks.py keeps these three apart.
 PUMP_SLICE_S = 60
 Q_CLUSTER: dict[str, Any] = {
@@ -146,48 +166,19 @@ else:
     Q_CLUSTER["orm"] = "default"
     Q_CLUSTER["broker_class"] = "delivery.broker.NotifyBroker"
 
-
-
-def _link(title: str, icon: str, name: str) -> dict[str, Any]:
-    return {"title": title, "icon": icon, "link": reverse_lazy(name)}
-
-
 UNFOLD = {
     "SITE_TITLE": "Sequin",
     "SITE_HEADER": "Sequin",
     "SITE_SYMBOL": "stream",
     "SHOW_VIEW_ON_SITE": False,
-    "DASHBOARD_CALLBACK": "consumers.admin.dashboard.fill",
+    "SHOW_HISTORY": False,
+    "LOGIN": {"form": "consumers.login.LoginForm"},
+    "GLOBAL_CALLBACK": "consumers.admin.shell.context",
+    "STYLES": [lambda request: static("console/console.css")],
+    "SCRIPTS": [lambda request: static("console/shell.js")],
+    "DASHBOARD_CALLBACK": "consumers.admin.home.fill",
     "SIDEBAR": {
-        "navigation": [
-            {
-                "title": "Configuration",
-                "items": [
-                    _link("Sources", "database", "admin:consumers_source_changelist"),
-                    _link("Endpoints", "webhook", "admin:consumers_httpendpoint_changelist"),
-                    _link("Consumers", "outbound", "admin:consumers_consumer_changelist"),
-                    _link("API tokens", "key", "admin:consumers_apitoken_changelist"),
-                ],
-            },
-            {
-                "title": "Messages",
-                "separator": True,
-                "items": [
-                    _link("Log", "list_alt", "admin:consumers_message_changelist"),
-                    _link("Parked", "pause_circle", "admin:consumers_parked_changelist"),
-                    _link("Attempts", "history", "admin:consumers_attempt_changelist"),
-                ],
-            },
-            {
-                "title": "More",
-                "separator": True,
-                "items": [
-                    _link("API", "api", "docs"),
-                    _link("Receiver", "inbox", "receiver"),
-                    _link("Users", "group", "admin:auth_user_changelist"),
-                ],
-            },
-        ]
+        "navigation": "consumers.admin.shell.navigation",
     },
 }
 

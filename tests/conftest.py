@@ -276,5 +276,6 @@ def _empty_store(request: pytest.FixtureRequest) -> Iterator[None]:
         with store_connection() as conn:
             conn.execute(
                 "TRUNCATE messages, kept_messages, relation_version, capture_progress, source_status, consumer_position,"
-                " leases, parked, attempts, turns, heartbeats, source_events, source_tables"
+                " leases, parked, attempts, turns, heartbeats, source_events, source_tables,"
+                " minute_counters, counted"
             )

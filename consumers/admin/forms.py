@@ -14,6 +14,24 @@ from consumers.models import Consumer, HttpEndpoint, Source
 KEEP = "Never shown. Leave empty to keep what is saved."
 
 
+def lines_of_headers(text: str, field: str) -> Any:
+    """`name: value`, one a line, or a JSON object. Raises ValidationError at `field`, without the values."""
+    text = text.strip()
+    if text.startswith("{"):
+        try:
+            found = json.loads(text)
+        except ValueError:
+            raise ValidationError({field: "is not a JSON object"}) from None
+        return found if isinstance(found, dict) else {}
+    headers = {}
+    for number, line in enumerate(filter(None, map(str.strip, text.splitlines())), 1):
+        name, colon, value = line.partition(":")
+        if not colon:
+            raise ValidationError({field: f"Line {number}: expected name: value."})
+        headers[name.strip()] = value.strip()
+    return headers
+
+
 class RehearsingForm(forms.ModelForm):  # type: ignore[type-arg]
     """Does before saving what can fail elsewhere: on the source's server, above all. Its refusals show at their fields."""
 
@@ -28,6 +46,19 @@ class RehearsingForm(forms.ModelForm):  # type: ignore[type-arg]
         except ValidationError as error:
             for field, messages in changes.errors_of(error).items():
                 self.add_error(field if field in self.fields else None, messages)
+
+
+class EditorWidget(UnfoldAdminTextareaWidget):  # type: ignore[misc]
+    """A textarea that becomes a code editor where scripts run."""
+
+    template_name = "console/editor.html"
+
+    def __init__(self, language: str) -> None:
+        super().__init__()
+        self.language = language
+
+    def get_context(self, name: str, value: Any, attrs: Any) -> dict[str, Any]:
+        return {**super().get_context(name, value, attrs), "language": self.language}
 
 
 class SourceForm(RehearsingForm):
@@ -78,10 +109,13 @@ class ConsumerForm(RehearsingForm):
     class Meta:
         model = Consumer
         fields = [
-            "name", "source", "kind", "tables", "actions", "group_columns", "endpoint", "path", "batch_size", "concurrency",
-            "ack_wait_ms", "max_ack_pending", "max_deliver", "max_per_group", "status",
+            "name", "source", "kind", "tables", "actions", "where", "transform", "group_columns", "endpoint", "path", "batch_size",
+            "concurrency", "ack_wait_ms", "max_ack_pending", "max_deliver", "max_per_group", "max_backlog_bytes", "on_full", "status",
         ]  # fmt: skip
-        widgets = {name: UnfoldAdminTextInputWidget() for name in ("tables", "actions", "group_columns")}
+        widgets = {
+            **{name: UnfoldAdminTextInputWidget() for name in ("tables", "actions", "group_columns")},
+            "where": EditorWidget("sql"), "transform": EditorWidget("lua"),
+        }  # fmt: skip
         help_texts = {
             "tables": "public.orders, public.* – apart by commas. Empty: all of the publication.",
             "actions": "Some of insert, update, delete, truncate.",

@@ -7,20 +7,23 @@ from typing import Any
 from django.contrib import admin
 from django.core.paginator import Paginator
 from django.db import connection
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
 from django.utils.functional import cached_property
 from django.utils.html import format_html
 from unfold.admin import ModelAdmin
 from unfold.decorators import display
 
+from consumers import audit
+from consumers.admin.json_text import pretty
+from consumers.admin.pages import ask, is_confirmed
 from consumers.models import Source
 from consumers.store import lifecycle
 from consumers.store.models import Attempt, Message, Parked
 from consumers.store.types import ACTIONS
+from consumers.templatetags.console import pill
 
-ACTION_LABELS = {"insert": "success", "update": "info", "delete": "danger", "truncate": "warning", "read": "info"}
 COUNTED = 2_000
-REASON_LABELS = {"retry": "warning", "blocked": "info", "error": "danger", "dead": "danger"}
+SHOWN_BACK = 30_000  # messages
 
 
 class EstimatingPaginator(Paginator):  # type: ignore[type-arg]
@@ -87,18 +90,28 @@ class MessageAdmin(ReadOnlyAdmin):
     list_filter = (BySource, ByAction)
     list_select_related = ("relation",)
     search_fields = ("key",)
-    search_help_text = "A primary key value, exactly"
+    search_help_text = "A primary key value, exactly. The newest 30,000 messages are shown; a consumer's page searches further"
     fields = ("id", "what", "table", "key", "old_key", "committed_at", "commit_lsn", "commit_idx", "whole_record", "whole_changes", "unchanged")
     readonly_fields = fields
+
+    def get_queryset(self, request: HttpRequest) -> Any:
+        """The newest of the log, by its key: nothing else would end within a second on millions. One message is found anywhere."""
+        found = super().get_queryset(request).filter(source__in=list(Source.objects.values_list("pk", flat=True)))
+        if request.resolver_match is not None and request.resolver_match.url_name == "consumers_message_changelist":
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT last_value FROM messages_id")
+                row = cursor.fetchone()
+            found = found.filter(pk__gt=(row[0] if row else 0) - SHOWN_BACK)
+        return found
 
     def get_search_results(self, request: HttpRequest, queryset: Any, search_term: str) -> tuple[Any, bool]:
         if search_term:
             queryset = queryset.filter(key=json.dumps([search_term], ensure_ascii=False))
         return queryset, False
 
-    @display(description="Action", label=ACTION_LABELS)
+    @display(description="Action")
     def what(self, message: Message) -> str:
-        return ACTIONS.get(message.action, message.action)
+        return pill(ACTIONS.get(message.action, message.action))
 
     @display(description="Table")
     def table(self, message: Message) -> str:
@@ -110,11 +123,11 @@ class MessageAdmin(ReadOnlyAdmin):
 
     @display(description="Record")
     def whole_record(self, message: Message) -> str:
-        return _pretty(message.record)
+        return _shown(message.record)
 
     @display(description="Changes (old values)")
     def whole_changes(self, message: Message) -> str:
-        return _pretty(message.changes) if message.changes else "–"
+        return _shown(message.changes) if message.changes else "–"
 
 
 @admin.register(Parked)
@@ -124,32 +137,46 @@ class ParkedAdmin(ReadOnlyAdmin):
     list_select_related = ("consumer",)
     actions = ("retry", "discard")
 
-    @display(description="Reason", label=REASON_LABELS)
+    @display(description="Reason")
     def why(self, parked: Parked) -> str:
-        return parked.reason
+        return pill(parked.reason)
 
     @display(description="Messages")
     def how_many(self, parked: Parked) -> int:
         return len(parked.ids)
 
-    @admin.action(description="Try again now")
+    def has_operate_permission(self, request: HttpRequest) -> bool:
+        return request.user.has_perm("consumers.operate_consumer")
+
+    @admin.action(description="Try again now", permissions=["operate"])
     def retry(self, request: HttpRequest, chosen: Any) -> None:
-        self._decide(request, chosen, lifecycle.retry, "are tried again")
+        self._decide(request, chosen, "retry", lifecycle.retry, "are tried again")
 
-    @admin.action(description="Discard")
-    def discard(self, request: HttpRequest, chosen: Any) -> None:
-        self._decide(request, chosen, lifecycle.discard, "are discarded")
+    @admin.action(description="Discard…", permissions=["operate"])
+    def discard(self, request: HttpRequest, chosen: Any) -> HttpResponse | None:
+        """Asks first, with the exact count: a row may stand for many messages."""
+        if is_confirmed(request):
+            self._decide(request, chosen, "discard", lifecycle.discard, "are discarded")
+            return None
+        counts: dict[str, int] = {}
+        for parked in chosen:
+            counts[str(parked.consumer)] = counts.get(str(parked.consumer), 0) + len(parked.ids)
+        total = sum(counts.values())
+        return ask(
+            request, title="Discard messages", back=request.path, button=f"Discard {total:,} messages", details=list(counts.items()),
+            question=f"Discard {total:,} messages? They are not delivered, and this cannot be taken back.",
+        )  # fmt: skip
 
-    def _decide(self, request: HttpRequest, chosen: Any, decide: Any, what: str) -> None:
+    def _decide(self, request: HttpRequest, chosen: Any, name: str, decide: Any, what: str) -> None:
         by_consumer: dict[Any, list[int]] = {}
         for parked in chosen:
-            by_consumer.setdefault(parked.consumer_id, []).extend(parked.ids)
-        count = sum(decide(consumer, ids) for consumer, ids in by_consumer.items())
-        self.message_user(request, f"{count} messages {what}.")
-
-    def get_actions(self, request: HttpRequest) -> Any:
-        # Django hides actions from those who may not change; retrying is no change of the rows by hand.
-        return {name: self.get_action(name) for name in self.actions}
+            by_consumer.setdefault(parked.consumer, []).extend(parked.ids)
+        total = 0
+        for consumer, ids in by_consumer.items():
+            count = decide(consumer.pk, ids)
+            audit.record(name, consumer, count, ids=ids[:20])
+            total += count
+        self.message_user(request, f"{total:,} messages {what}.")
 
 
 @admin.register(Attempt)
@@ -161,21 +188,5 @@ class AttemptAdmin(ReadOnlyAdmin):
     readonly_fields = fields
 
 
-def _pretty(text: str) -> str:
-    """The stored text, a member a line; values are shown as they are stored, digit for digit."""
-    lines, depth, quoted, escaped = [""], 0, False, False
-    for character in text[:100_000]:
-        if quoted:
-            lines[-1] += character
-            quoted = escaped or character != '"'
-            escaped = character == "\\" and not escaped
-        elif character in "}]":
-            depth -= 1
-            lines.append("  " * depth + character)
-        else:
-            lines[-1] += character
-            quoted = character == '"'
-            depth += character in "{["
-            if character in "{[,":
-                lines.append("  " * depth)
-    return format_html('<pre style="white-space: pre-wrap">{}</pre>', "\n".join(line for line in lines if line.strip()))
+def _shown(text: str) -> str:
+    return format_html('<pre class="sq-stored">{}</pre>', pretty(text))

@@ -7,10 +7,12 @@ from django import forms
 from django.contrib import admin, messages
 from django.http import HttpRequest
 from django.utils import timezone
-from unfold.admin import ModelAdmin
 from unfold.decorators import display
 
+from consumers import audit
+from consumers.admin.auditing import Audited
 from consumers.models import ApiToken
+from consumers.templatetags.console import pill
 from consumers.tokens import new_secret
 
 
@@ -21,7 +23,7 @@ class TokenForm(forms.ModelForm):  # type: ignore[type-arg]
 
 
 @admin.register(ApiToken)
-class ApiTokenAdmin(ModelAdmin):  # type: ignore[misc]
+class ApiTokenAdmin(Audited):
     form = TokenForm
     list_display = ("name", "scope", "mask", "state", "last_used_at", "expires_at", "created_at")
     list_filter = ("scope",)
@@ -35,15 +37,16 @@ class ApiTokenAdmin(ModelAdmin):  # type: ignore[misc]
             self.message_user(request, f"The token, shown only now: {plain}", messages.WARNING)
         super().save_model(request, obj, form, change)
 
-    @display(description="State", label={"valid": "success", "revoked": "danger", "expired": "warning"})
+    @display(description="State")
     def state(self, token: ApiToken) -> str:
         if token.revoked_at:
-            return "revoked"
-        return "expired" if token.expires_at and token.expires_at <= timezone.now() else "valid"
+            return pill("revoked")
+        return pill("expired" if token.expires_at and token.expires_at <= timezone.now() else "valid")
 
-    @admin.action(description="Revoke")
+    @admin.action(description="Revoke", permissions=["change"])
     def revoke(self, request: HttpRequest, chosen: Any) -> None:
         for token in chosen.filter(revoked_at=None):
             token.revoked_at = timezone.now()
             token.save(update_fields=["revoked_at"])  # not update(): every process has to hear of it
+            audit.record("revoke", token)
         self.message_user(request, "Revoked.")

@@ -14,6 +14,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
+from consumers import audit
 from consumers.api import message_log, pages
 from consumers.api.body import read_object
 from consumers.api.configuration import PAGING
@@ -76,24 +77,29 @@ class RedriveView(APIView):
     """`{"ids": […]}` or `{"state": "dead", "since", "until", "pk"}`."""
 
     act: Any = None
+    action = ""  # in the audit log
 
     @extend_schema(request=REDRIVE, responses=COUNT)
     def post(self, request: Request, consumer: str) -> Response:
         found = find_consumer(consumer, request.user)  # type: ignore[arg-type]
         ids, chosen = _chosen(read_object(request))
-        return Response({"count": type(self).act(found.pk, ids, **chosen)})
+        count = type(self).act(found.pk, ids, **chosen)
+        audit.record(self.action, found, count, **chosen)
+        return Response({"count": count})
 
 
 class RetryView(RedriveView):
     """Deliver parked messages and dead letters again, now."""
 
     act = staticmethod(lifecycle.retry)
+    action = "retry"
 
 
 class DiscardView(RedriveView):
     """Drop parked messages and dead letters."""
 
     act = staticmethod(lifecycle.discard)
+    action = "discard"
 
 
 def moment(name: str, text: Any) -> datetime:

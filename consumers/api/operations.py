@@ -18,7 +18,6 @@ from consumers.api.shapes import ConsumerShape, SourceShape
 from consumers.changes import InUse
 from consumers.preflight import findings
 from consumers.models import NOT_YET, Consumer, Source, SourceEvent
-from consumers.store import lifecycle
 
 FINDING = inline_serializer(
     "Finding",
@@ -73,7 +72,7 @@ class AcknowledgeGapView(APIView):
     @extend_schema(request=None, responses=inline_serializer("Acknowledged", {"acknowledged": serializers.BooleanField()}))
     def post(self, request: Request, name: str) -> Response:
         demand_all(request.user)  # type: ignore[arg-type]
-        return Response({"acknowledged": lifecycle.acknowledge_gap(find(Source, name).pk)})
+        return Response({"acknowledged": changes.acknowledge_gap(find(Source, name))})
 
 
 class RecoverView(APIView):

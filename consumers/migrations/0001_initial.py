@@ -5,6 +5,7 @@ import consumers.models
 import django.contrib.postgres.fields
 import django.core.validators
 import django.db.models.deletion
+import django.utils.timezone
 import uuid
 from django.db import migrations, models
 
@@ -95,6 +96,7 @@ class Migration(migrations.Migration):
             ],
             options={
                 'db_table': 'messages',
+                'permissions': [('erase_message', 'Can erase a key')],
                 'ordering': ['-id'],
                 'managed': False,
             },
@@ -209,6 +211,7 @@ class Migration(migrations.Migration):
             ],
             options={
                 'ordering': ['name'],
+                'permissions': [('operate_consumer', 'Can pause, resume and replay consumers, retry and discard messages')],
                 'abstract': False,
             },
         ),
@@ -254,7 +257,109 @@ class Migration(migrations.Migration):
             ],
             options={
                 'ordering': ['name'],
+                'permissions': [('operate_source', 'Can pause, resume, check and recover sources')],
                 'abstract': False,
+            },
+        ),
+        migrations.CreateModel(
+            name='AuditEntry',
+            fields=[
+                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
+                ('at', models.DateTimeField(auto_now_add=True)),
+                ('actor', models.CharField(max_length=200)),
+                ('address', models.GenericIPAddressField(null=True)),
+                ('action', models.CharField(max_length=40)),
+                ('subject', models.CharField(max_length=200)),
+                ('count', models.BigIntegerField(null=True)),
+                ('detail', models.TextField(blank=True, default='')),
+            ],
+            options={
+                'verbose_name_plural': 'audit log',
+                'ordering': ['-id'],
+                'default_permissions': ('view',),
+                'indexes': [models.Index(fields=['subject', '-id'], name='audit_subject')],
+            },
+        ),
+        migrations.CreateModel(
+            name='AlertRule',
+            fields=[
+                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
+                ('kind', models.CharField(choices=[('source_failing', 'A source is down, has a gap, or lost its slot'), ('retained_wal', "A slot keeps much WAL on the source's disk"), ('capture_lag', 'Capture is behind its source'), ('consumer_lag', "A consumer's oldest undelivered message is old"), ('consumer_failing', "A consumer's messages fail"), ('consumer_paused', 'A consumer is paused'), ('dead_letters', 'A consumer has dead letters'), ('disk', "The store's disk is nearly full")], editable=False, max_length=20, unique=True)),
+                ('enabled', models.BooleanField(default=True)),
+                ('threshold', models.FloatField(blank=True, null=True, validators=[django.core.validators.MinValueValidator(0)])),
+                ('after_s', models.IntegerField(default=0, help_text='For how long it must hold, in seconds.', validators=[django.core.validators.MinValueValidator(0)])),
+            ],
+            options={
+                'ordering': ['id'],
+                'default_permissions': ('view', 'change'),
+            },
+        ),
+        migrations.CreateModel(
+            name='AlertEpisode',
+            fields=[
+                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
+                ('subject', models.CharField(max_length=120)),
+                ('text', models.TextField()),
+                ('began_at', models.DateTimeField()),
+                ('fired_at', models.DateTimeField(null=True)),
+                ('absent_since', models.DateTimeField(null=True)),
+                ('ended_at', models.DateTimeField(null=True)),
+                ('rule', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='episodes', to='consumers.alertrule')),
+            ],
+            options={
+                'ordering': ['-id'],
+                'default_permissions': ('view',),
+            },
+        ),
+        migrations.CreateModel(
+            name='AlertDestination',
+            fields=[
+                ('id', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
+                ('name', models.CharField(max_length=63, unique=True)),
+                ('kind', models.CharField(choices=[('webhook', 'webhook'), ('slack', 'Slack-compatible webhook'), ('email', 'e-mail')], max_length=7)),
+                ('url', consumers.fields.EncryptedTextField(blank=True, default='', help_text="Of a webhook. Kept encrypted: Slack's URLs are secrets.")),
+                ('signing_secret', consumers.fields.EncryptedTextField(blank=True, default='', help_text='whsec_…: a webhook is then signed as pushes are.')),
+                ('addresses', models.TextField(blank=True, default='', help_text='E-mail addresses, apart by commas.')),
+                ('enabled', models.BooleanField(default=True)),
+                ('rules', models.ManyToManyField(blank=True, help_text='What it hears of. None: everything.', to='consumers.alertrule')),
+            ],
+            options={
+                'ordering': ['name'],
+            },
+        ),
+        migrations.CreateModel(
+            name='AlertNotice',
+            fields=[
+                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
+                ('over', models.BooleanField()),
+                ('due_at', models.DateTimeField()),
+                ('sent_at', models.DateTimeField(null=True)),
+                ('attempts', models.IntegerField(default=0)),
+                ('error', models.TextField(blank=True, default='')),
+                ('destination', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, to='consumers.alertdestination')),
+                ('episode', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='notices', to='consumers.alertepisode')),
+            ],
+            options={
+                'default_permissions': ('view',),
+                'indexes': [models.Index(condition=models.Q(('sent_at', None)), fields=['due_at'], name='notice_due')],
+                'constraints': [models.UniqueConstraint(fields=('episode', 'destination', 'over'), name='told_once')],
+            },
+        ),
+        migrations.AddConstraint(
+            model_name='alertepisode',
+            constraint=models.UniqueConstraint(condition=models.Q(('ended_at', None)), fields=('rule', 'subject'), name='one_open_episode'),
+        ),
+        migrations.CreateModel(
+            name='LoginFailure',
+            fields=[
+                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
+                ('name', models.CharField(max_length=150)),
+                ('address', models.GenericIPAddressField(null=True)),
+                ('at', models.DateTimeField(default=django.utils.timezone.now)),
+            ],
+            options={
+                'default_permissions': (),
+                'indexes': [models.Index(fields=['at'], name='login_failure_at')],
             },
         ),
         migrations.CreateModel(

@@ -31,6 +31,7 @@ class Message(models.Model):
         managed = False
         db_table = "messages"
         ordering = ["-id"]
+        permissions = [("erase_message", "Can erase a key")]
 
     def __str__(self) -> str:
         return str(self.id)

@@ -196,6 +196,34 @@ create table attempts (
     deliver_count integer not null
 );
 create index attempts_consumer on attempts (consumer, id);
+create index attempts_message on attempts (consumer, message_id);  -- read by the console: one message's history
+
+-- For charts and rates, made out of the counts above by consumers.store.counters: what a source or a consumer (or, as the
+-- nil UUID, all of them together) did in each minute.
+create table minute_counters (
+    subject   uuid        not null,
+    minute    timestamptz not null,
+    captured  bigint      not null default 0,
+    delivered bigint      not null default 0,
+    failed    bigint      not null default 0,
+    filtered  bigint      not null default 0,
+    lag_bytes bigint,     -- the worst seen in the minute
+    lag_s     real,
+    primary key (subject, minute)  -- read by charts
+);
+
+-- Where the counting stood last, and what is costly to find out, for pages that show hundreds at once.
+create table counted (
+    subject   uuid primary key,
+    captured  bigint not null default 0,
+    delivered bigint not null default 0,
+    failed    bigint not null default 0,
+    filtered  bigint not null default 0,
+    waiting   bigint,     -- messages beyond the position; past 1,000 an estimate
+    lag_bytes bigint,
+    lag_s     real,       -- of a consumer: the age of its oldest undelivered message
+    at        timestamptz not null
+) with (fillfactor = 50);
 
 -- A pump's time-limited right to serve a push consumer.
 create table turns (
@@ -215,6 +243,13 @@ create table heartbeats (
     detail  text not null default '',
     primary key (process, host, pid)
 ) with (fillfactor = 50);
+
+-- What was done stays as it was written.
+create function sequin_refuse() returns trigger language plpgsql as $$
+begin
+    raise exception 'the audit log is not changed' using errcode = 'insufficient_privilege';
+end $$;
+create trigger audit_stays before update or delete on consumers_auditentry for each row execute function sequin_refuse();
 
 -- Groups -------------------------------------------------------------------------------------------------------
 

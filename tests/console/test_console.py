@@ -9,6 +9,7 @@ from django.test import Client
 
 from consumers.models import ApiToken, Consumer, HttpEndpoint, Source
 from consumers.store import claims, lifecycle
+from consumers.store.models import Message
 from consumers.store.types import Failure
 from tests.store.test_claims import Log
 
@@ -17,7 +18,13 @@ pytestmark = pytest.mark.django_db(transaction=True)
 PAGES = [
     "", "consumers/source/", "consumers/source/add/", "consumers/httpendpoint/", "consumers/httpendpoint/add/", "consumers/consumer/",
     "consumers/consumer/add/", "consumers/apitoken/", "consumers/apitoken/add/", "consumers/message/", "consumers/parked/",
-    "consumers/attempt/", "auth/user/", "auth/group/", "django_q/failure/",
+    "consumers/attempt/", "auth/user/", "auth/group/", "django_q/failure/", "consumers/auditentry/", "consumers/alertrule/",
+    "consumers/alertdestination/", "consumers/alertdestination/add/", "consumers/alertepisode/", "auth/user/add/",
+    "consumers/consumer/{consumer}/", "consumers/consumer/{consumer}/?tab=code", "consumers/consumer/{consumer}/change/",
+    "consumers/consumer/{consumer}/?state=parked", "consumers/consumer/{consumer}/messages/?text=n&since=1h",
+    "consumers/consumer/{consumer}/numbers/", "consumers/consumer/{consumer}/message/{message}/", "consumers/source/{source}/",
+    "consumers/source/{source}/change/", "consumers/source/{source}/numbers/", "consumers/source/{source}/check/",
+    "consumers/source/{source}/tables/", "consumers/source/{source}/erase/", "consumers/consumer/tables/?source={source}",
 ]  # fmt: skip
 
 
@@ -41,7 +48,10 @@ def test_every_page_opens(console: Client, log: Log, page: str) -> None:
     log.append(log.row(1), log.row(2))
     claim = claims.claim(consumer, 1, lease_ms=1000)
     claims.fail(consumer, [Failure(claim.token, claim.messages[0].id, 1, "answered 500", 500)])  # type: ignore[arg-type]
-    assert console.get(f"/admin/{page}").status_code == 200
+    page = page.format(consumer=consumer, source=log.source.pk, message=claim.messages[0].id)
+    answer = console.get(f"/admin/{page}")
+    assert answer.status_code == 200
+    assert "script-src 'self';" in answer["Content-Security-Policy"]
 
 
 def test_nobody_gets_in_without_a_login() -> None:
@@ -65,14 +75,60 @@ def test_an_empty_secret_keeps_the_saved_one(console: Client) -> None:
     assert (endpoint.name, endpoint.secret_headers, endpoint.signing_secret) == ("e2", {"x-key": "hush"}, secret)
 
 
-def test_a_source_that_does_not_answer_is_said_at_its_field(console: Client, free_port: int) -> None:
-    form = {
-        "name": "shop", "host": "127.0.0.1", "port": str(free_port), "database": "d", "username": "u", "password": "hush-hush",
-        "sslmode": "", "ssl_root_cert": "", "slot_name": "sequin_slot", "publication_name": "sequin_pub", "status": "active",
+def test_connecting_says_what_is_wrong_and_keeps_the_password_to_itself(console: Client, free_port: int) -> None:
+    url = f"postgresql://u:hush-hush@127.0.0.1:{free_port}/d"
+    names = {"name": "shop", "slot_name": "sequin_slot", "publication_name": "sequin_pub"}
+    for path in ("try", "add"):
+        page = console.post(f"/admin/consumers/source/{path}/", {**names, "url": url}).content.decode()
+        assert "cannot connect to 127.0.0.1" in page and "hush-hush" not in page
+    page = console.post("/admin/consumers/source/try/", {**names, "url": "postgresql://u:hush-hush@db:5432,db2:1/d"}).content.decode()
+    assert "Expected one port" in page and "hush-hush" not in page
+    page = console.post("/admin/consumers/source/try/", {**names, "url": "nonsense://x:hush-hush@y"}).content.decode()
+    assert "Expected postgresql://" in page and "hush-hush" not in page
+    assert not Source.objects.exists()
+
+
+def test_connecting_by_url_makes_slot_and_publication(console: Client, source_database: Any) -> None:
+    source_database.execute("CREATE TABLE orders (id int PRIMARY KEY)")
+    db = source_database
+    given = {
+        "name": "shop", "url": f"postgresql://{db.user}:{db.password}@{db.host}:{db.port}/{db.name}", "slot_name": db.name[:60],
+        "publication_name": "sequin_pub",
     }  # fmt: skip
-    page = console.post("/admin/consumers/source/add/", form)
-    assert page.status_code == 200 and "cannot connect to 127.0.0.1" in page.content.decode()
-    assert "hush-hush" not in page.content.decode() and not Source.objects.exists()
+    found = console.post("/admin/consumers/source/try/", given).content.decode()
+    assert "is made on connecting" in found and "public.orders" in found and "Ready to connect" in found
+    assert not Source.objects.exists()
+    answer = console.post("/admin/consumers/source/add/", {**given, "tables": ["public.orders"]})
+    source = Source.objects.get(name="shop")
+    assert answer["HX-Redirect"] == f"/admin/consumers/source/{source.pk}/" and source.password == db.password
+    assert source_database.execute("SELECT tablename FROM pg_publication_tables WHERE pubname = 'sequin_pub'") == [("orders",)]
+
+
+def test_creating_consumers_of_both_kinds(console: Client, make_source: Any, source_database: Any) -> None:
+    source_database.execute("CREATE TABLE orders (id int PRIMARY KEY)")
+    source = make_source()
+    common = {
+        "source": str(source.pk), "tables": ["public.orders"], "actions": ["insert", "delete"], "stream": "changes", "start_from": "now",
+        "batch_size": "1", "concurrency": "10", "ack_wait_ms": "30000", "max_ack_pending": "100", "on_full": "hold",
+    }  # fmt: skip
+    answer = console.post("/admin/consumers/consumer/add/", {**common, "name": "pulled", "kind": "pull"})
+    pulled = Consumer.objects.get(name="pulled")
+    assert answer["HX-Redirect"].endswith(f"{pulled.pk}/?tab=code") and pulled.actions == ["insert", "delete"]
+    push = {**common, "name": "pushed", "kind": "push", "endpoint": "new", "endpoint_name": "hooks", "path": "/x"}
+    page = console.post("/admin/consumers/consumer/add/", {**push, "endpoint_url": "ftp://example.com"}).content.decode()
+    assert "expected http:// or https://" in page and not Consumer.objects.filter(name="pushed").exists()
+    console.post(
+        "/admin/consumers/consumer/add/",
+        {**push, "endpoint_url": "https://example.com/hooks", "headers": "x-team: shop", "secret_headers": "authorization: Bearer hush-hush"},
+    )
+    pushed = Consumer.objects.get(name="pushed")
+    assert pushed.endpoint.headers == {"x-team": "shop"} and pushed.endpoint.secret_headers == {"authorization": "Bearer hush-hush"}
+    code = console.get(f"/admin/consumers/consumer/{pushed.pk}/?tab=code").content.decode()
+    assert "/hooks/x" in code and "hush-hush" not in code
+    # A refused consumer leaves no endpoint behind.
+    bad = {**push, "name": "bad", "endpoint_name": "left", "endpoint_url": "https://example.com/", "max_per_group": "0"}
+    assert "max_per_group" in console.post("/admin/consumers/consumer/add/", bad).content.decode().lower().replace(" ", "_")
+    assert not HttpEndpoint.objects.filter(name="left").exists()
 
 
 def test_disabling_asks_first_and_says_how_many(console: Client, log: Log) -> None:
@@ -80,7 +136,7 @@ def test_disabling_asks_first_and_says_how_many(console: Client, log: Log) -> No
     log.append(log.row(1), log.row(2), log.row(3))
     chosen = {"action": "disable", "_selected_action": [str(consumer)]}
     page = console.post("/admin/consumers/consumer/", chosen)
-    assert "<b>3</b> undelivered messages" in page.content.decode()
+    assert "Disabling drops 3 undelivered messages" in page.content.decode()
     assert Consumer.objects.get(pk=consumer).status == "active"
     console.post("/admin/consumers/consumer/", {**chosen, "confirmed": "1"})
     assert Consumer.objects.get(pk=consumer).status == "disabled"
@@ -102,7 +158,9 @@ def test_dead_letters_are_tried_again_or_dropped(console: Client, log: Log) -> N
 
     first, second = Parked.objects.filter(consumer=consumer)
     console.post("/admin/consumers/parked/", {"action": "retry", "_selected_action": [first.pk]})
-    console.post("/admin/consumers/parked/", {"action": "discard", "_selected_action": [second.pk]})
+    page = console.post("/admin/consumers/parked/", {"action": "discard", "_selected_action": [second.pk]})
+    assert "Discard 1 messages?" in page.content.decode() and Parked.objects.filter(pk=second.pk).exists()
+    console.post("/admin/consumers/parked/", {"action": "discard", "_selected_action": [second.pk], "confirmed": "1"})
     assert lifecycle.backlog(consumer) == (0, 0, 1, 0, 0, 0)
 
 
@@ -127,16 +185,18 @@ def test_check_events_and_recover_in_the_console(console: Client, make_source: A
     source_database.execute("CREATE TABLE t (a int)")
     source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
     source = make_source()
-    page = f"/admin/consumers/source/{source.pk}/change/"
-    shown = console.get(f"/admin/consumers/source/{source.pk}/check", follow=True).content.decode()
+    page = f"/admin/consumers/source/{source.pk}/"
+    shown = console.get(f"{page}check/").content.decode()
     assert "has no replica identity" in shown and "REPLICA IDENTITY FULL" in shown and "findings are good" in shown
     from consumers.store.appender import Appender
 
     with Appender(source.pk) as appender:
         appender.note("type", "public.t", "the type of <b>a</b> became text", backfill=True)
-    assert "the type of &lt;b&gt;a&lt;/b&gt; became text → backfill" in console.get(page).content.decode()
+    assert "the type of &lt;b&gt;a&lt;/b&gt; became text" in console.get(page).content.decode()
     source_database.execute("SELECT pg_drop_replication_slot(%s)", [source.slot_name])
-    answer = console.post("/admin/consumers/source/", {"action": "recover", "_selected_action": [str(source.pk)]}, follow=True)
+    asked = console.post(f"{page}do/recover/")
+    assert "is not captured: it is shown as a gap" in asked.content.decode()
+    answer = console.post(f"{page}do/recover/", {"confirmed": "1"}, follow=True)
     assert "capture begins again" in answer.content.decode()
     assert source_database.execute("SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", [source.slot_name]) == [(1,)]
 
@@ -146,3 +206,35 @@ def test_the_system_checks_pass() -> None:
     from django.core.management import call_command
 
     call_command("check")
+
+
+def test_filter_and_transform_are_tried_on_real_messages_before_they_are_saved(console: Client, make_source: Any, source_database: Any) -> None:
+    source_database.execute("CREATE TABLE orders (id int PRIMARY KEY, n int)")
+    source = make_source()
+    consumer = Consumer(name="tried", source=source, kind="pull", tables=["public.orders"])
+    from consumers import changes
+
+    changes.save(consumer)
+    log = Log(source)
+    log.lsn = 1 << 40  # beyond where the source really is
+    log.append(log.row(1), log.row(2), log.row(3))
+    log.appender.close()
+    base = f"/admin/consumers/consumer/{consumer.pk}/"
+    rules = {"where": "id >= 2", "transform": "function transform(action, record) return {only = record.id} end"}
+    shown = console.post(f"{base}try/", rules).content.decode()
+    assert "Of the newest 3 messages, 2 would be delivered" in shown and "Filtered out" in shown and "&quot;only&quot;: 3" in shown
+    refused = console.post(f"{base}rules/", {**rules, "where": "idd >= 2"}).content.decode()
+    assert "Filter:" in refused and "idd" in refused and Consumer.objects.get(pk=consumer.pk).where == ""
+    assert "line 1" in console.post(f"{base}try/", {**rules, "transform": "function transform( return 1 end"}).content.decode()
+    assert "HX-Redirect" in console.post(f"{base}rules/", rules)
+    assert Consumer.objects.get(pk=consumer.pk).where == "id >= 2"
+    # What it leaves out can be looked at, and the message says why it did not come.
+    while claims.claim(consumer.pk, 10, lease_ms=1000).token is not None:
+        pass
+    listed = console.get(f"{base}?state=filtered").content.decode()
+    number = Message.objects.order_by("id")[0].pk
+    first, second = f"{base}message/{number}/", f"{base}message/{number + 1}/"
+    assert first in listed and second not in listed
+    page = console.get(first).content.decode()
+    assert "Not delivered: the filter, as it is now, says no" in page
+    assert "&quot;only&quot;: 2" in console.get(second).content.decode()

@@ -22,8 +22,10 @@ OID = 5
 class Log:
     """A source whose log is written directly, without capture."""
 
-    def __init__(self) -> None:
-        self.source = Source.objects.create(name=f"s-{uuid4().hex[:6]}", host="localhost", database="d", username="u", status="paused")
+    def __init__(self, source: Source | None = None) -> None:
+        self.source = source or Source.objects.create(
+            name=f"s-{uuid4().hex[:6]}", host="localhost", database="d", username="u", status="paused"
+        )
         self.appender = Appender(self.source.pk)
         self.progress = Progress(1, "1", 1, 100, 0, 0, 100)
         self.appender.begin_history(self.progress)

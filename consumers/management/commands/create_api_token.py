@@ -7,6 +7,7 @@ from typing import Any
 from django.core.exceptions import ValidationError
 from django.core.management.base import BaseCommand, CommandError
 
+from consumers import audit
 from consumers.models import ApiToken, Consumer
 from consumers.tokens import create_token
 
@@ -21,6 +22,7 @@ class Command(BaseCommand):
         parser.add_argument("--rate-limit", type=int, metavar="N", help="requests a second; no limit without it")
 
     def handle(self, *_: Any, **options: Any) -> None:
+        audit.acting_as("command create_api_token")
         chosen = []
         for name in options["consumer"]:
             found = Consumer.objects.filter(name=name).first()

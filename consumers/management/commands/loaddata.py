@@ -21,7 +21,7 @@ from django.core.exceptions import FieldDoesNotExist, ValidationError
 from django.core.management.base import BaseCommand, CommandError
 from django.db import models, transaction
 
-from consumers import changes
+from consumers import audit, changes
 from consumers.models import ApiToken, Consumer, HttpEndpoint, Source
 from consumers.source_connection import SourceUnreachable
 from consumers.source_setup import Prepared as SourcePrepared
@@ -55,6 +55,7 @@ class Command(BaseCommand):
         parser.add_argument("files", nargs="+", metavar="FILE")
 
     def handle(self, *_: Any, **options: Any) -> None:
+        audit.acting_as("command loaddata")
         counts = {"created": 0, "changed": 0, "unchanged": 0}
         entries = [
             (path, number, entry)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
+from uuid import UUID
 
 from django.conf import settings
 from django.db import connection
@@ -24,26 +25,32 @@ class Judged(NamedTuple):
         return {"name": self.name, "status": self.status, "reasons": self.reasons}
 
 
-def sources(now: datetime) -> list[Judged]:
+def sources(now: datetime, only: UUID | None = None) -> list[Judged]:
     """`ok`, `paused`, `degraded` or `failing`; each but ok with its reasons."""
     rows = _fetch(
         "SELECT c.name, c.status, s.state, s.reasons, s.since, s.at, p.gap, c.created_at FROM consumers_source c"
-        " LEFT JOIN source_status s ON s.source = c.id LEFT JOIN capture_progress p ON p.source = c.id ORDER BY c.name"
+        " LEFT JOIN source_status s ON s.source = c.id LEFT JOIN capture_progress p ON p.source = c.id WHERE %(only)s::uuid IS NULL OR c.id = %(only)s ORDER BY c.name",
+        only,
     )
     return [_judge_source(now, *row) for row in rows]
 
 
-def consumers(now: datetime) -> list[Judged]:
+def consumers(now: datetime, only: UUID | None = None) -> list[Judged]:
     """`ok`, `paused`, `disabled` or `degraded`."""
+    forgotten = now - max(settings.SEQUIN_RETENTION / 2, FORGOTTEN_AT_LEAST)
     rows = _fetch(
         "SELECT c.name, c.status, c.status_reason, c.max_parked, p.parked_count, p.dead_count, h.first_id, h.last_error,"
-        " p.dropped_count, w.committed_at, sequin_backlog_bytes(p.position), c.max_backlog_bytes, coalesce(h.held, 0)"
+        " p.dropped_count, w.committed_at, CASE WHEN c.max_backlog_bytes IS NOT NULL OR w.committed_at < %(forgotten)s"
+        " THEN sequin_backlog_bytes(p.position) END, c.max_backlog_bytes,"
+        " (SELECT count(*) FROM (SELECT FROM parked x WHERE x.consumer = c.id AND x.due_at = 'infinity' LIMIT 1000) held)"
         " FROM consumers_consumer c LEFT JOIN consumer_position p ON p.consumer = c.id LEFT JOIN LATERAL ("
         " SELECT committed_at FROM messages m WHERE m.source = p.source AND m.id > p.position ORDER BY m.id LIMIT 1) w ON true"
         " LEFT JOIN LATERAL ("
-        " SELECT first_id, last_error, count(*) FILTER (WHERE not_before = 'infinity') OVER () AS held FROM parked x"
-        " WHERE x.consumer = c.id AND x.last_error IS NOT NULL AND p.parked_count + p.dead_count > 0 ORDER BY first_id LIMIT 1) h ON true"
-        " ORDER BY c.name"
+        " SELECT first_id, last_error FROM parked x WHERE x.consumer = c.id AND x.last_error IS NOT NULL"
+        " AND p.parked_count + p.dead_count > 0 ORDER BY first_id LIMIT 1) h ON true"
+        " WHERE %(only)s::uuid IS NULL OR c.id = %(only)s ORDER BY c.name",
+        only,
+        forgotten,
     )
     return [_judge_consumer(now, settings.SEQUIN_RETENTION, *row) for row in rows]
 
@@ -94,13 +101,13 @@ def _judge_consumer(
     elif parked:
         reasons.append(f"{parked} messages are parked" + (f", the first because: {error}" if error else ""))
     if unfit:
-        reasons.append(f"{unfit} of them are held until its filter is saved anew: it does not fit their table")
+        reasons.append(f"{unfit}{' or more' if unfit == 1000 else ''} of them lead rows that are held until its filter is saved anew: it does not fit their table")
     if dead:
         reasons.append(f"{dead} dead letters")
     return Judged(name, "degraded" if reasons else "ok", reasons)
 
 
-def _fetch(query: str) -> list[tuple[Any, ...]]:
+def _fetch(query: str, only: UUID | None, forgotten: datetime | None = None) -> list[tuple[Any, ...]]:
     with connection.cursor() as cursor:
-        cursor.execute(query)
+        cursor.execute(query, {"only": only, "forgotten": forgotten})
         return cursor.fetchall()
