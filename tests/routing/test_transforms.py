@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from django.db import connection
 from consumers import changes
 from consumers.models import Consumer
 from consumers.store.models import ConsumerPosition
+from delivery import transforming
 from delivery.push.pump import Pump
 from tests.api.test_management import Api
 from tests.conftest import wait_until
@@ -145,3 +149,25 @@ def test_what_does_not_compile_is_refused_with_its_line(log: Log) -> None:  # no
         with pytest.raises(ValidationError) as refused:
             consumer.full_clean()
         assert told in refused.value.message_dict["transform"][0]
+
+
+def test_children_that_are_killed_lose_and_double_nothing(log: Log, endpoint: Callable[..., Endpoint], pump: Callable[[], Pump]) -> None:  # noqa: F811
+    where = endpoint()
+    push_to(log, where, transform="function transform(a, record) return {record = {id = record.id}} end", batch_size=5)
+    for begin in range(0, 1000, 100):
+        log.append(*[log.row(key) for key in range(begin, begin + 100)])
+    pump()
+    killed = 0
+
+    def all_there() -> bool:
+        nonlocal killed
+        for transformer in list(transforming.pool._transformers.values()):
+            if transformer.pid is not None and killed < 20:
+                with suppress(ProcessLookupError):
+                    os.kill(transformer.pid, signal.SIGKILL)
+                    killed += 1
+        return sum(len(got.ids) for got in list(where.got)) >= 1000
+
+    wait_until(all_there, 60)
+    ids = [number for got in where.got for number in got.ids]
+    assert sorted(ids) == list(range(1000)) and killed >= 5
