@@ -11,6 +11,7 @@ ACTIONS = {"i": "inserts", "u": "updates", "d": "deletes", "t": "truncates"}
 
 
 class Publication(NamedTuple):
+    name: str
     oid: int
     version: str
     """Another one after every ALTER PUBLICATION of its options."""
@@ -59,7 +60,7 @@ class Told(NamedTuple):
 
 
 def from_json(found: dict[str, Any] | None) -> Seen | None:
-    if not found or "publication" not in found:
+    if found is None:
         return None
     return Seen(Publication(*found["publication"]), {int(oid): Member(*one) for oid, one in found["tables"].items()})
 
@@ -68,7 +69,7 @@ def happened(before: Seen | None, now: Seen) -> list[Told]:
     """What people should know, in this order: the publication, then its tables by oid."""
     if before is None:
         return []
-    anew = before.publication.oid != now.publication.oid
+    anew = before.publication.name != now.publication.name or before.publication.oid != now.publication.oid
     told = list(_of_publication(before.publication, now.publication))
     was = before.published()
     for oid, one in sorted(now.published().items()):
@@ -80,6 +81,8 @@ def happened(before: Seen | None, now: Seen) -> list[Told]:
 
 
 def _of_publication(before: Publication, now: Publication) -> list[Told]:
+    if before.name != now.name:
+        return [Told("publication", None, f"the publication {now.name} is read now, in place of {before.name}")]
     if before.oid != now.oid:
         return [Told("publication", None, "the publication was dropped and made anew: changes in between are missing", True, True)]
     told = []

@@ -168,4 +168,4 @@ def look_at_tables(
         _TABLES_SQL.format(schemas=schemas),  # type: ignore[arg-type]
         {"publication": publication, "before": list(before.tables) if before else []},
     ).fetchall()
-    return Seen(Publication(*row), {oid: Member(readable(name, codec), *rest) for oid, name, *rest in found})
+    return Seen(Publication(publication, *row), {oid: Member(readable(name, codec), *rest) for oid, name, *rest in found})

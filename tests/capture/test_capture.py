@@ -218,8 +218,8 @@ class ConfirmsFirst(Reader):
     """The control: confirms what it has read before it is stored, and at once. Must lose changes when it is killed."""
 
     def _store(self, stream: Any) -> None:
-        if self._rows:
-            stream.confirm(max(self._done_lsn, self._progress.reached_lsn))
+        if self._transactions.rows:
+            stream.confirm(max(self._transactions.done_lsn, self._progress.reached_lsn))
             stream.send_status()
             time.sleep(0.05)  # the window in which the kill strikes; not a wait for anything
         super()._store(stream)
