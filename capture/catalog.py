@@ -17,7 +17,7 @@ from consumers.source_types import ValueTypes
 # Built-in types that are not text in JSON. Source: pg_type.dat; to_json's categories in src/backend/utils/adt/json.c.
 SCALAR_KINDS: dict[int, Kind] = {
     16: "bool", 20: "number", 21: "number", 23: "number", 700: "number", 701: "number", 1700: "number",
-    114: "json", 3802: "json", 1114: "timestamp", 1184: "timestamptz", 22: "int_vector", 30: "text_vector",
+    17: "bytea", 114: "json", 3802: "json", 1114: "timestamp", 1184: "timestamptz", 22: "int_vector", 30: "text_vector",
 }  # fmt: skip
 
 _TABLE_SQL = """

@@ -26,7 +26,7 @@ class ArrayOf(NamedTuple):
 
 
 Kind = str | ArrayOf
-"""number, bool, json, text, timestamp, timestamptz, int_vector, text_vector, or an ArrayOf one of these."""
+"""number, bool, json, text, bytea, timestamp, timestamptz, int_vector, text_vector, or an ArrayOf one of these."""
 
 
 class EncodedRow(NamedTuple):
@@ -43,6 +43,10 @@ def text_to_json(value: bytes) -> bytes:
         return encode_basestring(value.decode()).encode()
     except UnicodeDecodeError:  # an output function that minds no encoding
         return encode_basestring(readable(value, "utf-8")).encode()
+
+
+def bytea_to_json(value: bytes) -> bytes:
+    return b'"\\%b"' % value  # \x and hex digits: the backslash alone is to be escaped
 
 
 def number_to_json(value: bytes) -> bytes:
@@ -80,6 +84,7 @@ CONVERTERS: dict[str, Converter] = {
     "bool": bool_to_json,
     "json": json_to_json,
     "text": text_to_json,
+    "bytea": bytea_to_json,
     "timestamp": timestamp_to_json,
     "timestamptz": timestamptz_to_json,
     "int_vector": _vector(number_to_json),
@@ -161,16 +166,19 @@ def _unescape(text: bytes) -> bytes:
     return bytes(out)
 
 
+def _sent(old: Sequence[Value]) -> set[int]:
+    """The columns of an old key that the server sent. None of an identity's columns is null, so a null one was not."""
+    return {i for i, value in enumerate(old) if value is not None}
+
+
 class RowEncoder:
     """Encodes the rows of one relation version."""
 
     def __init__(
-        self, names: Sequence[str], kinds: Sequence[Kind], primary_key: Sequence[str], identity: Sequence[bool],
+        self, names: Sequence[str], kinds: Sequence[Kind], primary_key: Sequence[str],
         *, codec: str | None = None, most_bytes: int = MAX_ROW_BYTES, on_large: Callable[[list[str]], None] = lambda names: None,
     ) -> None:  # fmt: skip
-        """`identity` says for each column whether pgoutput sends it with a delete's or update's key.
-
-        `codec`: reads texts that the server does not convert to UTF-8. A row of more than `most_bytes` is encoded without its
+        """`codec`: reads texts that the server does not convert to UTF-8. A row of more than `most_bytes` is encoded without its
         largest values, as if these had not been sent; `on_large` hears which columns that were.
         """
         self._most_bytes, self._on_large = most_bytes, on_large
@@ -183,8 +191,6 @@ class RowEncoder:
         self._pairs = list(zip(self._names, self._converters, strict=True))
         # A column that the publication leaves out has no place in the tuple, and a null one in the key.
         self._key = [names.index(name) if name in names else -1 for name in primary_key]
-        self._identity = [index for index, is_key in enumerate(identity) if is_key]
-        self._in_identity = frozenset(self._identity)
 
     def insert(self, new: Sequence[Value]) -> EncodedRow:
         record, unchanged = self._record(new)
@@ -196,7 +202,7 @@ class RowEncoder:
         if old_kind == "O":
             new = [before if now is UNCHANGED else now for before, now in zip(old, new, strict=True)]
         elif old_kind and UNCHANGED in new:  # the server sends a large key with the old row, because it is not in the new one
-            known = self._in_identity
+            known = _sent(old)
             new = [old[i] if now is UNCHANGED and i in known else now for i, now in enumerate(new)]
         record, unchanged = self._record(new)
         key = self.key(new)
@@ -205,7 +211,7 @@ class RowEncoder:
         if not old_kind:
             return self.update("", old, *self._without_largest(new))
         old_key = self._old_key(old_kind, old, new)
-        columns = range(len(old)) if old_kind == "O" else self._identity
+        columns = range(len(old)) if old_kind == "O" else sorted(_sent(old))
         changes = [
             self._names[i] + self._value(i, old[i])
             for i in columns
@@ -223,7 +229,8 @@ class RowEncoder:
             if len(record) > self._most_bytes:
                 return self.delete(old_kind, *self._without_largest(old))
         else:
-            record = b"{" + b",".join(self._names[i] + self._value(i, old[i]) for i in self._identity) + b"}"
+            # No column of an identity is null. What is was not sent: a partition's identity may differ from its table's.
+            record = b"{" + b",".join(self._names[i] + self._value(i, value) for i, value in enumerate(old) if value is not None) + b"}"
             unchanged = None
         return EncodedRow(record, None, self.key(old), None, unchanged, True)
 
@@ -235,7 +242,7 @@ class RowEncoder:
         """The key before. What the identity's columns do not tell has not changed, or cannot be known."""
         if old_kind == "O":
             return self.key(old)
-        known = self._in_identity
+        known = _sent(old)
         return self.key([old[i] if i in known else new[i] for i in range(len(new))])
 
     def _key_text(self, value: Value) -> bytes:

@@ -135,6 +135,21 @@ def decode(data: bytes) -> Message:
     return message
 
 
+def decode_insert(data: bytes) -> list[Value]:
+    """The new row of an Insert, whose relation is bytes 1 to 4: the most frequent message, without a tuple of its own.
+
+    Raises MalformedMessage, never anything else.
+    """
+    try:
+        _expect(data, 5, "N")
+        values, end = decode_tuple(data, 6)
+    except (struct.error, IndexError) as error:
+        raise MalformedMessage("I", f"{len(data)} bytes end too early ({error})") from None
+    if end != len(data):
+        raise MalformedMessage("I", f"expected {end} bytes, got {len(data)}")
+    return values
+
+
 def decode_tuple(data: bytes, at: int) -> tuple[list[Value], int]:
     """Decode a TupleData that begins at `at`; returns its values and where it ends."""
     (count,) = _COUNT.unpack_from(data, at)

@@ -107,6 +107,8 @@ class Reader:
         slot = self._look(control)
         self._in_recovery = slot.in_recovery
         with ReplicationStream(conninfo(self.source, replication=True, application_name=name, encoded=converted)) as stream:
+            if stream.started_at() != surroundings.started_at(control):
+                raise StreamEnded("two servers answered at this address, one after the other: its slot may be on neither or both")
             server, self._progress, proof = self._open_history(slot, stream, same_server)
             self._transactions = Transactions(tables, self._appender, self._progress, proof)
             start = self._progress.reached_lsn if proof is None else min(self._progress.reached_lsn, proof.lsn)

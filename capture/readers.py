@@ -1,4 +1,4 @@
-"""Keep one reader process for each active source: started, restarted, stopped as the configuration says.
+"""Keep one reader process for each source: started, restarted, stopped as the configuration says. A paused source's only looks.
 
 A process for each, so that a source that hangs or bursts touches no other. The readers end with this process, even when
 it is killed.
@@ -88,7 +88,7 @@ class Readers:
             self._maintain()
 
     def _wanted(self) -> dict[str, Source]:
-        found = Source.objects.filter(status="active").only("id", "name", "updated_at")
+        found = Source.objects.only("id", "name", "updated_at")
         if self._names:
             found = found.filter(name__in=self._names)
         return {str(source.pk): source for source in found}

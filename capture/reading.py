@@ -1,4 +1,7 @@
-"""Keep one source read: lock it, connect, read, and connect again after whatever breaks. The life of a reader process."""
+"""Keep one source read: lock it, connect, read, and connect again after whatever breaks. The life of a reader process.
+
+Of a paused source nothing is read, but what that costs is watched: its slot goes on keeping WAL on the source's disk.
+"""
 from __future__ import annotations
 
 import logging
@@ -12,13 +15,14 @@ import psycopg
 from django.conf import settings
 from django.db import DatabaseError, connection
 
+from capture import surroundings
 from capture.disk import shortage
 from capture.reader import NoRoom, Reader
 from capture.stream import DecodingFailed, SlotActive, StreamEnded
 from capture.surroundings import Slot, SlotUnusable
 from consumers.hosting import hint
 from consumers.models import Source
-from consumers.source_connection import SourceUnreachable, reason_of
+from consumers.source_connection import SourceUnreachable, connect, cut_after, reason_of
 from consumers.store import lifecycle
 from consumers.store.appender import Appender, ProgressMoved
 
@@ -30,6 +34,7 @@ STEADY_S = 10.0  # a connection that lived so long was a good one: the next paus
 STANDBY_LOOK_S = 1.0
 BEAT_EVERY_S = 2.0
 DISK_EVERY_S = 1.0
+WATCH_EVERY_S = 10
 SAME_FAILURES = 5  # of the server's decoding, at the same place: then it is not tried as often any more
 PASSING = (SourceUnreachable, StreamEnded, ProgressMoved, psycopg.Error, DatabaseError, OSError)
 
@@ -59,7 +64,10 @@ class Reading:
         while not self._stop.is_set():
             began = time.monotonic()
             try:
-                self._read_once()
+                if self.source.status == "paused":
+                    self._watch()
+                else:
+                    self._read_once()
             except Exception as caught:
                 error = self._judged(caught)
                 self._trouble(error)
@@ -84,6 +92,22 @@ class Reading:
             )
             self._reader.run()
 
+    def _watch(self) -> None:
+        """Look at the slot of a paused source, again and again; one that never was read has none to look at."""
+        if not lifecycle.has_begun(self.source.pk):
+            self._stop.wait(STANDBY_LOOK_S)
+            return
+        with connect(self.source) as control:
+            limit = surroundings.idle_limit(control)
+            while not self._stop.is_set():
+                with cut_after(control.fileno(), surroundings.LOOK_WITHIN_S):
+                    slot = surroundings.look_at_slot(control, self.source)
+                self._report(slot._replace(warnings=slot.warnings + limit), state="paused")
+                for _ in range(WATCH_EVERY_S):
+                    self._alive()
+                    if self._stop.wait(1.0):
+                        return
+
     def _look_at_disk(self) -> str | None:
         """At most once a second: a stat each batch would be felt."""
         now = time.monotonic()
@@ -103,9 +127,9 @@ class Reading:
         except DatabaseError:
             connection.close()
 
-    def _report(self, slot: Slot) -> None:
+    def _report(self, slot: Slot, state: str = "active") -> None:
         lifecycle.set_source_status(
-            self.source.pk, "active", slot.warnings, retained_bytes=slot.retained_bytes, source_lsn=slot.source_lsn,
+            self.source.pk, state, slot.warnings, retained_bytes=slot.retained_bytes, source_lsn=slot.source_lsn,
             confirmed_lsn=slot.confirmed_lsn,
         )  # fmt: skip
 

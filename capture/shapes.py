@@ -41,7 +41,7 @@ def primary_key(names: Sequence[str], flagged: Sequence[str], identity: str, now
     known = [last, _renamed(last, old, names)]
     if now.exists:
         known = [now.primary_key, last, _renamed(now.primary_key, now.columns, names), known[1]]
-    if identity == "d":
+    if identity == "d" and flagged:  # none are of a key that is deferrable
         for key in known:
             if set(key) == set(flagged):
                 return key

@@ -69,6 +69,11 @@ class ReplicationStream:
         self._helper = _StatusHelper(self)
         self.system_identifier, self.timeline = self._identify()
 
+    def started_at(self) -> str:
+        """When the server that answers was started, as its text. Raises StreamEnded."""
+        value = self._query("SELECT pg_postmaster_start_time()", pq.ExecStatus.TUPLES_OK).get_value(0, 0)
+        return (value or b"").decode(errors="replace")
+
     def timeline_history(self) -> str:
         """The history file of the server's timeline; empty for the first one. Raises StreamEnded."""
         if self.timeline <= 1:

@@ -51,6 +51,13 @@ def encoding(control: psycopg.Connection[Any]) -> str:
     return str(row[0])
 
 
+def started_at(control: psycopg.Connection[Any]) -> str:
+    """When the server was started, as its text: another one has another time."""
+    row = control.execute("SELECT pg_postmaster_start_time()::text").fetchone()
+    assert row is not None
+    return str(row[0])
+
+
 def look_at_slot(control: psycopg.Connection[Any], source: Source) -> Slot:
     """Read the slot's state. Raises SlotUnusable."""
     invalid = "s.invalidation_reason" if control.info.server_version >= 170_000 else "NULL"
@@ -86,6 +93,14 @@ def look_at_slot(control: psycopg.Connection[Any], source: Source) -> Slot:
         raise publication_missing(source.publication_name)
     warnings = _retained_warnings(int(retained or 0), wal_status, setting_bytes(cap) if cap else None)
     return Slot(int(confirmed or 0), int(retained or 0), int(here or 0), int(xid), bool(recovering), warnings)
+
+
+def idle_limit(control: psycopg.Connection[Any]) -> tuple[str, ...]:
+    """What people should know who let a slot go unread: Postgres 18 may have a limit for that."""
+    row = control.execute(
+        "SELECT setting || ' ' || coalesce(unit, '') FROM pg_settings WHERE name = 'idle_replication_slot_timeout' AND setting <> '0'"
+    ).fetchone()
+    return () if row is None else (f"idle_replication_slot_timeout is {row[0].strip()}: paused for longer, the slot is lost",)
 
 
 def _retained_warnings(retained: int, wal_status: str | None, cap: int | None) -> tuple[str, ...]:

@@ -63,9 +63,8 @@ class Tables(dict[int, Table]):
         )
         if before is not None and before != shape and not known:
             self._tell_changes(before, shape)
-        is_key = [column.is_key for column in relation.columns]
         encoder = RowEncoder(
-            names, [kind for kind, _ in kinds], key, is_key, codec=self._codec, most_bytes=MAX_ROW_BYTES,
+            names, [kind for kind, _ in kinds], key, codec=self._codec, most_bytes=MAX_ROW_BYTES,
             on_large=lambda left_out: self._tell_large(relation.oid, left_out),
         )  # fmt: skip
         self._said = {(oid, what) for oid, what in self._said if oid != relation.oid}

@@ -11,7 +11,7 @@ import struct
 from capture import pgoutput
 from capture.encoder import EncodedRow
 from capture.lsn import format_lsn, widen_xid
-from capture.pgoutput import decode_tuple
+from capture.pgoutput import decode_insert
 from capture.tables import Table, Tables
 from consumers.store.appender import Appender
 from consumers.store.types import LogRow, Progress, Proof
@@ -85,7 +85,7 @@ class Transactions:
         if tag == INSERT:
             if self._wanted():
                 table = self.tables[OPEN_TABLE(data, 1)[0]]
-                self._add(b"I", table, table.encoder.insert(decode_tuple(data, 6)[0]))
+                self._add(b"I", table, table.encoder.insert(decode_insert(data)))
         elif tag == UPDATE:
             if self._wanted():
                 update = pgoutput.decode(data)

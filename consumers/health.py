@@ -8,7 +8,7 @@ from uuid import UUID
 from django.conf import settings
 from django.db import connection
 
-from consumers.hosting import readable_bytes
+from consumers.hosting import PAUSE_COSTS, readable_bytes
 
 DOWN_AFTER = timedelta(seconds=30)
 FORGOTTEN_AT_LEAST = timedelta(hours=1)
@@ -67,7 +67,10 @@ def _judge_source(
     if gap:
         return Judged(name, "failing", [f"gap: {gap}. Backfill what is missing, then acknowledge the gap"])
     if configured == "paused":
-        return Judged(name, "paused", ["paused: the slot keeps WAL on the source's disk until it is resumed"])
+        if state in FAILING:
+            return Judged(name, "failing", [f"{state}: {reason}" for reason in reasons or []])
+        costs = reasons if state == "paused" and reasons else []
+        return Judged(name, "degraded" if costs else "paused", [PAUSE_COSTS, *costs])
     if state is None or at is None or since is None:
         waiting = now - created_at > DOWN_AFTER
         return Judged(name, "failing" if waiting else "degraded", ["no reader has reported yet: does run_capture run?"])

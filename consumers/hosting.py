@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+PAUSE_COSTS = "paused: the slot keeps WAL on the source's disk until it is resumed"
 POOLER_PORTS = {6432: "pgbouncer's usual port", 6543: "the port of Supabase's transaction pooler", 25061: "DigitalOcean's pool port"}
 
 

@@ -19,7 +19,7 @@ from consumers.publication import publication_exists
 from consumers.source_connection import SourceUnreachable, conninfo, connect, reason_of
 
 PLUGIN = "pgoutput"
-OLDEST = 120_000
+OLDEST = 130_000
 SLOTS_SPARE = 2
 RETAINED_ALARM_BYTES = 10**9
 
@@ -126,7 +126,7 @@ def _check_other_slots(conn: psycopg.Connection[Any], source: Source, server: Se
 def _check_server(conn: psycopg.Connection[Any], source: Source, server: Server) -> Iterator[Finding]:
     name = hosting.version_name(server.version)
     where = f" at {server.provider.name}" if server.provider.name else ""
-    yield Finding("version", server.version >= OLDEST, True, f"the server is Postgres {name}{where}; 12 or newer is needed")
+    yield Finding("version", server.version >= OLDEST, True, f"the server is Postgres {name}{where}; 13 or newer is needed")
     yield check_wal_level(server)
     if problem := hosting.pooler_problem(source.host, source.port, source.username):
         yield Finding("pooler", False, True, problem)

@@ -11,7 +11,7 @@ from psycopg import sql
 from consumers.filters.grammar import parse
 from consumers.findings import Finding, Server
 from consumers.models import Consumer, Source
-from consumers.publication import missing, published, qualified, without_identity
+from consumers.publication import full_identity_sql, identity_problems, missing, published, qualified, without_full_identity
 
 NAMED_TABLES = 20  # in one finding
 
@@ -42,16 +42,12 @@ def check_publication(conn: psycopg.Connection[Any], source: Source, server: Ser
 def check_tables(conn: psycopg.Connection[Any], source: Source, server: Server, consumers: Iterable[Consumer]) -> Iterator[Finding]:
     asked = list(consumers)
     tables = published(conn, source.publication_name)
-    for table in without_identity(conn, tables):
-        yield Finding(
-            "replica_identity", False, False,
-            f"{table} has no replica identity: its UPDATEs and DELETEs fail while it is published",
-            f"ALTER TABLE {qualified(table).as_string(conn)} REPLICA IDENTITY FULL;",
-        )  # fmt: skip
+    for _, why, mend in identity_problems(conn, source.publication_name, tables):
+        yield Finding("replica_identity", False, False, f"{why}: its UPDATEs and DELETEs fail while it is published", mend)
     if server.version >= 150_000:
         yield from _check_lists_and_filters(conn, source)
     yield from _check_asked(conn, source, asked)
-    yield from _check_old_values(conn, tables, asked)
+    yield from _check_old_values(conn, source, tables, asked)
     yield from _check_select(conn, source, tables)
 
 
@@ -75,26 +71,22 @@ def _check_asked(conn: psycopg.Connection[Any], source: Source, consumers: list[
         yield Finding("consumer_tables", False, False, f"{', '.join(names)} asks for {one.table}: {one.text}", one.sql)
 
 
-def _check_old_values(conn: psycopg.Connection[Any], tables: list[str], consumers: list[Consumer]) -> Iterator[Finding]:
+def _check_old_values(
+    conn: psycopg.Connection[Any], source: Source, tables: list[str], consumers: list[Consumer]
+) -> Iterator[Finding]:
     """Tables whose replica identity does not give what a consumer's `where` compares with."""
     asking = [consumer for consumer in consumers if consumer.where and parse(consumer.where).asks_for_old_values]
     wanted = [
         table for table in tables
         if any(not c.tables or table in c.tables or table.split(".", 1)[0] + ".*" in c.tables for c in asking)
     ]  # fmt: skip
-    weak = conn.execute(
-        "SELECT DISTINCT n.nspname || '.' || c.relname FROM pg_class t JOIN pg_namespace s ON s.oid = t.relnamespace"
-        " CROSS JOIN LATERAL (SELECT t.oid AS relid WHERE t.relkind = 'r' UNION"
-        "  SELECT p.relid::oid FROM pg_partition_tree(t.oid) p WHERE p.isleaf AND t.relkind = 'p') leaf"
-        " JOIN pg_class c ON c.oid = leaf.relid JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE s.nspname || '.' || t.relname = ANY (%s) AND c.relreplident <> 'f' ORDER BY 1",
-        [wanted],
-    ).fetchall()
-    for (table,) in weak:
+    for table in without_full_identity(conn, wanted):
+        mend = full_identity_sql(conn, source.publication_name, table)
         yield Finding(
             "old_values", False, False,
-            f"{table} does not give its old values, which a consumer's where asks for: those messages are delivered undecided",
-            f"ALTER TABLE {qualified(table).as_string(conn)} REPLICA IDENTITY FULL;",
+            f"{table} does not give its old values, which a consumer's where asks for: those messages are delivered undecided"
+            + ("" if mend else ". Its virtual generated columns do not allow REPLICA IDENTITY FULL"),
+            mend,
         )  # fmt: skip
 
 

@@ -41,20 +41,93 @@ def published(conn: psycopg.Connection[Any], publication: str) -> list[str]:
     return [row[0] for row in rows]
 
 
+_LEAVES_SQL = """
+    SELECT DISTINCT c.oid, n.nspname || '.' || c.relname AS name, c.relreplident,
+        ARRAY(SELECT k.att FROM pg_index i, unnest(i.indkey::int2[]) k(att) WHERE i.indrelid = c.oid AND i.indimmediate
+              AND ((c.relreplident = 'd' AND i.indisprimary) OR (c.relreplident = 'i' AND i.indisreplident))) AS key
+    FROM pg_class t JOIN pg_namespace s ON s.oid = t.relnamespace
+    CROSS JOIN LATERAL (SELECT t.oid AS relid WHERE t.relkind = 'r'
+                        UNION SELECT p.relid::oid FROM pg_partition_tree(t.oid) p WHERE p.isleaf AND t.relkind = 'p') leaf
+    JOIN pg_class c ON c.oid = leaf.relid AND c.relkind = 'r' JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE s.nspname || '.' || t.relname = ANY (%(tables)s)
+"""
+
+
 def without_identity(conn: psycopg.Connection[Any], tables: Collection[str]) -> list[str]:
-    """Those of the tables, or of their partitions, whose UPDATEs and DELETEs fail once published: no key identifies a row."""
+    """Those of the tables, or of their partitions, whose UPDATEs and DELETEs fail once published: no key identifies a row.
+
+    A deferrable key does not count: the server does not take it for one.
+    """
     rows = conn.execute(
-        "SELECT DISTINCT n.nspname || '.' || c.relname FROM pg_class t JOIN pg_namespace s ON s.oid = t.relnamespace"
-        " CROSS JOIN LATERAL (SELECT t.oid AS relid WHERE t.relkind = 'r' UNION"
-        "  SELECT p.relid::oid FROM pg_partition_tree(t.oid) p WHERE p.isleaf AND t.relkind = 'p') leaf"
-        " JOIN pg_class c ON c.oid = leaf.relid AND c.relkind = 'r' JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE s.nspname || '.' || t.relname = ANY (%s) AND NOT (c.relreplident = 'f'"
-        " OR (c.relreplident = 'd' AND EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary))"
-        " OR (c.relreplident = 'i' AND EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)))"
-        " ORDER BY 1",
-        [list(tables)],
+        f"SELECT name FROM ({_LEAVES_SQL}) l WHERE relreplident <> 'f' AND key = '{{}}' ORDER BY 1", {"tables": list(tables)}
     ).fetchall()
     return [row[0] for row in rows]
+
+
+def without_full_identity(conn: psycopg.Connection[Any], tables: Collection[str]) -> list[str]:
+    """Those of the tables, or of their partitions, whose updates and deletes do not carry the row as it was."""
+    rows = conn.execute(f"SELECT name FROM ({_LEAVES_SQL}) l WHERE relreplident <> 'f' ORDER BY 1", {"tables": list(tables)}).fetchall()
+    return [row[0] for row in rows]
+
+
+class Generated(NamedTuple):
+    """A table, or partition, with generated columns that the publication does not send."""
+
+    table: str
+    columns: list[str]
+    in_identity: bool
+    """They are of its replica identity: then its UPDATEs and DELETEs fail once it is published."""
+    stored: bool
+    """All of them are, so that the publication could send them."""
+
+
+def unsent_generated(conn: psycopg.Connection[Any], publication: str, tables: Collection[str]) -> list[Generated]:
+    """Tables whose generated columns the publication does not send. Postgres 18 minds that, the older ones do not: then none."""
+    if conn.info.server_version < 180_000:
+        return []
+    rows = conn.execute(
+        f"""
+        SELECT l.name, array_agg(a.attname::text ORDER BY a.attnum), bool_or(l.relreplident = 'f' OR a.attnum = ANY (l.key)),
+               bool_and(a.attgenerated = 's')
+        FROM ({_LEAVES_SQL}) l JOIN pg_attribute a ON a.attrelid = l.oid AND a.attgenerated <> '' AND NOT a.attisdropped
+        JOIN pg_publication p ON p.pubname = %(publication)s
+        LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = l.oid
+        WHERE a.attgenerated = 'v' OR (p.pubgencols = 'n' AND NOT coalesce(a.attnum = ANY (r.prattrs::int2[]), false))
+        GROUP BY l.name ORDER BY 1
+        """,
+        {"tables": list(tables), "publication": publication},
+    ).fetchall()
+    return [Generated(*row) for row in rows]
+
+
+def full_identity_sql(conn: psycopg.Connection[Any], publication: str, table: str) -> str:
+    """The SQL that lets a table's updates carry the row as it was, and does not make them fail; empty where there is none."""
+    full = f"ALTER TABLE {qualified(table).as_string(conn)} REPLICA IDENTITY FULL;"
+    unsent = unsent_generated(conn, publication, [table])
+    if not unsent:
+        return full
+    name = sql.Identifier(publication).as_string(conn)
+    return f"ALTER PUBLICATION {name} SET (publish_generated_columns = stored); {full}" if unsent[0].stored else ""
+
+
+def identity_problems(conn: psycopg.Connection[Any], publication: str, tables: Collection[str]) -> list[tuple[str, str, str]]:
+    """The tables whose UPDATEs and DELETEs fail once published, why, and the SQL that mends it."""
+    found = []
+    for table in without_identity(conn, tables):
+        mend = full_identity_sql(conn, publication, table)
+        why = f"{table} has neither a primary key nor another replica identity (a deferrable key is none)"
+        found.append((table, why, mend or f"ALTER TABLE {qualified(table).as_string(conn)} ADD PRIMARY KEY (…);"))
+    name = sql.Identifier(publication).as_string(conn)
+    for unsent in unsent_generated(conn, publication, tables):
+        if unsent.in_identity:
+            columns = ", ".join(unsent.columns)
+            why = f"the replica identity of {unsent.table} has generated columns that the publication does not send ({columns})"
+            mend = (
+                f"ALTER PUBLICATION {name} SET (publish_generated_columns = stored);" if unsent.stored
+                else f"ALTER TABLE {qualified(unsent.table).as_string(conn)} REPLICA IDENTITY DEFAULT;"
+            )  # fmt: skip
+            found.append((unsent.table, why, mend))
+    return found
 
 
 def missing(conn: psycopg.Connection[Any], publication: str, wanted: Iterable[str]) -> list[Missing]:

@@ -9,7 +9,7 @@ import psycopg
 from psycopg import sql
 
 from consumers.models import Source
-from consumers.publication import missing, publication_exists, publishes_via_root, qualified, via_root_sql, without_identity
+from consumers.publication import identity_problems, missing, publication_exists, publishes_via_root, qualified, via_root_sql
 from consumers.source_connection import connect, reason_of
 
 WRITERS_WITHIN_S = 30.0
@@ -67,7 +67,7 @@ def demand_publication(source: Source, tables: Collection[str]) -> None:
 
 
 def _add(conn: psycopg.Connection[Any], source: Source, tables: list[str]) -> None:
-    _demand_identity(conn, tables)
+    _demand_identity(conn, source.publication_name, tables)
     _demand_root(conn, source, tables)
     publication = sql.Identifier(source.publication_name)
     named = sql.SQL(", ").join(qualified(table) for table in tables)
@@ -93,13 +93,12 @@ def _add(conn: psycopg.Connection[Any], source: Source, tables: list[str]) -> No
         )
 
 
-def _demand_identity(conn: psycopg.Connection[Any], tables: list[str]) -> None:
-    if bare := without_identity(conn, tables):
-        mend = " ".join(f"ALTER TABLE {qualified(table).as_string(conn)} REPLICA IDENTITY FULL;" for table in bare)
+def _demand_identity(conn: psycopg.Connection[Any], publication: str, tables: list[str]) -> None:
+    if problems := identity_problems(conn, publication, tables):
         raise SetupRefused(
             "tables",
-            f"{', '.join(bare)} {'has' if len(bare) == 1 else 'have'} neither a primary key nor another replica identity: publishing"
-            f" would make UPDATEs and DELETEs there fail. Run on the source: {mend}",
+            f"{'; '.join(why for _, why, _ in problems)}: publishing would make UPDATEs and DELETEs there fail. Run on the source:"
+            f" {' '.join(dict.fromkeys(mend for _, _, mend in problems))}",
         )
 
 

@@ -112,8 +112,12 @@ def _drop(conn: psycopg.Connection[Any], slot: str) -> None:
 
 
 def _create_publication(conn: psycopg.Connection[Any], source: Source, server: Server) -> None:
-    """An empty one: consumers add the tables they name. Changes of partitions arrive under the partitioned table's name."""
-    root = " WITH (publish_via_partition_root = true)" if server.version >= 130_000 else ""
+    """An empty one: consumers add the tables they name. Changes of partitions arrive under the partitioned table's name.
+
+    Rows arrive with their stored generated columns where the server can send them, which spares their UPDATEs from failing, too.
+    """
+    generated = ", publish_generated_columns = stored" if server.version >= 180_000 else ""
+    root = f" WITH (publish_via_partition_root = true{generated})" if server.version >= 130_000 else ""
     statement = sql.SQL("CREATE PUBLICATION {}" + root).format(sql.Identifier(source.publication_name))
     try:
         conn.execute(statement)

@@ -19,7 +19,7 @@ import psycopg
 PASSWORD = "server-password"
 SETTINGS = {
     "wal_level": "logical", "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "max_replication_slots": "30",
-    "max_wal_senders": "30", "max_connections": "100", "fsync": "off", "full_page_writes": "off", "autovacuum_naptime": "5s",
+    "max_wal_senders": "30", "max_connections": "100", "max_prepared_transactions": "10", "fsync": "off", "full_page_writes": "off", "autovacuum_naptime": "5s",
 }  # fmt: skip
 
 

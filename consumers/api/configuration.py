@@ -19,6 +19,7 @@ from consumers.api.body import read_object
 from consumers.api.errors import BadParameter, Invalid
 from consumers.api.lookup import demand_all, find, find_consumer
 from consumers.api.shapes import ConsumerShape, EndpointShape, Shape, SourceShape, assign
+from consumers.hosting import PAUSE_COSTS
 from consumers.models import Consumer, HttpEndpoint, Source
 from consumers.store import lifecycle
 
@@ -162,7 +163,13 @@ class SourcesView(SourceKind, ListView):
     responses={204: None}, methods=["DELETE"],
 )  # fmt: skip
 class SourceView(SourceKind, DetailView):
-    """One source."""
+    """One source. Pausing one answers with a `warning`: what that costs."""
+
+    def patch(self, request: Request, name: str) -> Response:
+        answer = super().patch(request, name)
+        if answer.data["status"] == "paused":
+            answer.data["warning"] = PAUSE_COSTS
+        return answer
 
     def remove(self, thing: Source, given: Mapping[str, str]) -> None:
         changes.delete(thing, drop_replication=flag(given, "drop_slot"))

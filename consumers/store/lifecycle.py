@@ -177,6 +177,11 @@ def source_state(source_id: UUID) -> str | None:
     return rows[0][0] if rows else None
 
 
+def has_begun(source_id: UUID) -> bool:
+    """Whether the source has ever been read."""
+    return bool(_fetch("SELECT 1 FROM capture_progress WHERE source = %s", [source_id]))
+
+
 def gap(source_id: UUID) -> str | None:
     """What may be missing from the source's log, while nobody has acknowledged it."""
     rows = _fetch("SELECT gap FROM capture_progress WHERE source = %s", [source_id])

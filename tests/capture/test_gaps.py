@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 from django.core.exceptions import ValidationError
 from django.db import connection
+from django.utils import timezone
 
 from capture.reading import Reading
 from consumers import changes
 from consumers.models import Consumer, Source
 from consumers.store import lifecycle
+from delivery.health import sources
 from tests.capture.test_servers import source_on
-from tests.capture.world import await_messages, gap, logged, read_until, reading
+from tests.capture.world import ForkedReader, await_messages, gap, logged, read_until, reading
 from tests.cluster import Cluster
 from tests.conftest import SourceDatabase, wait_until
+from tests.faults.rig import Proxy
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -284,6 +287,26 @@ def test_what_the_server_cannot_decode_at_all_is_a_lost_slot_with_a_way_back(
     assert [row.record["id"] for row in logged()] == [0, 2] and "are missing" in str(gap(source))
 
 
+def test_a_paused_source_is_watched(source: Source, source_database: SourceDatabase, monkeypatch: Any) -> None:
+    """What its slot keeps is shown, past the alarm it is said, and a slot that is lost or gone is never healthy."""
+    monkeypatch.setattr("capture.reading.WATCH_EVERY_S", 1)
+    source_database.execute("INSERT INTO t VALUES (1)")
+    read_until(source, lambda: logged())
+    source.status = "paused"
+    changes.save(source)
+    monkeypatch.setattr("capture.surroundings.RETAINED_ALARM_BYTES", 1_000_000)
+    with living(source):
+        judged = lambda: sources(timezone.now())[0]  # noqa: E731
+        wait_until(lambda: judged().reasons, 20, "the pause to be judged")
+        assert judged().status == "paused" and "keeps WAL" in judged().reasons[0]
+        source_database.execute("SELECT pg_logical_emit_message(false, 'x', repeat('x', 3000000))")
+        wait_until(lambda: judged().status == "degraded", 20, "the alarm")
+        assert "holds back" in judged().reasons[1]
+        source_database.execute("SELECT pg_drop_replication_slot(%s)", [source.slot_name])
+        wait_until(lambda: judged().status == "failing", 20, "the lost slot")
+    assert len(logged()) == 1, "nothing is read"
+
+
 def test_connections_outlive_an_idle_session_timeout(source: Source, source_database: SourceDatabase, monkeypatch: Any) -> None:
     if source_database.version < 14:
         pytest.skip("Postgres 14 brought it")
@@ -296,3 +319,49 @@ def test_connections_outlive_an_idle_session_timeout(source: Source, source_data
         wait_until(lambda: source_database.admin().execute(idle).fetchone() == (1,), 10, "our connection to be idle for longer")
         source_database.execute("INSERT INTO t VALUES (2)")
         await_messages(2)
+
+
+def test_two_servers_behind_one_address_are_not_taken_for_one(server: Cluster, transactional_db: None) -> None:
+    """What one of them says of the slot means nothing for the other: a failover between two connections, or a balancer of reads."""
+    source = source_on(server)
+    changes.save(source)
+    server.execute("INSERT INTO t VALUES (1)")
+    server.stop()
+    other = Cluster("twin")
+    shutil.copytree(server.data, other.data, copy_function=shutil.copy2)
+    subprocess.run(["chown", "-R", "--reference", server.data, other.data], check=True)
+    server.start()
+    other.start()
+    between = Alternating(server.port, other.port)
+    reader = ForkedReader(source)
+    try:
+        Source.objects.filter(pk=source.pk).update(port=between.port)
+        source.refresh_from_db()
+        reader.start()
+        said = "SELECT array_to_string(reasons, '') FROM source_status"
+        wait_until(lambda: "two servers answered" in str(lifecycle._fetch(said)), 20, "it to be said")
+        assert not logged()
+        between.targets = [server.port]
+        await_messages(1)
+    finally:
+        reader.kill()
+        between.close()
+        other.remove()
+
+
+class Alternating(Proxy):
+    """Every other connection goes to another server."""
+
+    def __init__(self, *targets: int) -> None:
+        self.targets = list(targets)
+        self._turn = 0
+        super().__init__(targets[0])
+
+    @property
+    def target(self) -> int:
+        self._turn += 1
+        return self.targets[self._turn % len(self.targets)]
+
+    @target.setter
+    def target(self, port: int) -> None:
+        pass

@@ -59,29 +59,41 @@ class User(threading.Thread):
         try:
             with self.database.connect() as conn:
                 conn.execute("SET lock_timeout = '2s'")
+                self.may_prepare = conn.execute("SHOW max_prepared_transactions").fetchone() != ("0",)
                 for _ in range(self.transactions):
                     self._transaction(conn)
         except BaseException as error:
             self.error = error
 
     def _transaction(self, conn: psycopg.Connection[Any]) -> None:
-        done: list[int] = []
-        given_up = False
+        """Committed, given up, or first prepared, where the server lets."""
+        how = self.chance.choices(["commit", "give up", "prepare", "prepare, give up"], [80, 10, 7, 3])[0]
+        if not self.may_prepare:
+            how = how.replace("prepare, ", "").replace("prepare", "commit")
+        name = f"{self.database.name}_{next(self.numbers)}"
         try:
-            with conn.transaction():
-                for _ in range(self.chance.choice([1, 1, 2, 5, 20])):
-                    undone = self.chance.random() < 0.15
-                    try:
-                        with conn.transaction(force_rollback=undone):
-                            numbers = self._statement(conn)
-                    except psycopg.errors.UniqueViolation:
-                        continue
-                    done += [] if undone else numbers
-                if given_up := self.chance.random() < 0.1:
-                    raise psycopg.Rollback
-            self.committed.update([] if given_up else done)
+            conn.execute("BEGIN")
+            done = self._statements(conn)
+            if how.startswith("prepare"):
+                conn.execute(f"PREPARE TRANSACTION '{name}'")  # type: ignore[arg-type]
+                conn.execute(f"{'ROLLBACK' if 'give up' in how else 'COMMIT'} PREPARED '{name}'")  # type: ignore[arg-type]
+            else:
+                conn.execute("ROLLBACK" if how == "give up" else "COMMIT")
+            self.committed.update([] if "give up" in how else done)
         except IN_THE_WAY:
-            pass
+            conn.execute("ROLLBACK")
+
+    def _statements(self, conn: psycopg.Connection[Any]) -> list[int]:
+        done: list[int] = []
+        for _ in range(self.chance.choice([1, 1, 2, 5, 20])):
+            undone = self.chance.random() < 0.15
+            try:
+                with conn.transaction(force_rollback=undone):
+                    numbers = self._statement(conn)
+            except psycopg.errors.UniqueViolation:
+                continue
+            done += [] if undone else numbers
+        return done
 
     def _statement(self, conn: psycopg.Connection[Any]) -> list[int]:
         """One statement; returns the numbers of the rows it wrote."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capture import pgoutput
-from capture.pgoutput import UNCHANGED, MalformedMessage, decode
+from capture.pgoutput import UNCHANGED, MalformedMessage, decode, decode_insert
 
 FOLDER = Path(__file__).resolve().parents[2] / "fixtures" / "pgoutput"
 FILES = sorted(FOLDER.glob("*.hex"))
@@ -31,6 +31,30 @@ def test_every_message_cut_anywhere_is_malformed(path: Path) -> None:
                 decode(data[:length])
         with pytest.raises(MalformedMessage):
             decode(data + b"\0")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_short_way_for_inserts_is_as_strict(path: Path) -> None:
+    for data in messages(path.stem):
+        if data[:1] != b"I":
+            continue
+        whole = decode(data)
+        assert isinstance(whole, pgoutput.Insert) and decode_insert(data) == whole.new
+        for length in range(5, len(data)):
+            with pytest.raises(MalformedMessage):
+                decode_insert(data[:length])
+        with pytest.raises(MalformedMessage):
+            decode_insert(data + b"\0")
+        for at in range(5, len(data)):
+            for bit in (0x01, 0x80, 0xFF):
+                flipped = data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :]
+                try:
+                    expected: object = decode(flipped)
+                except MalformedMessage:
+                    with pytest.raises(MalformedMessage):
+                        decode_insert(flipped)
+                else:
+                    assert isinstance(expected, pgoutput.Insert) and decode_insert(flipped) == expected.new
 
 
 @given(st.binary(max_size=200))

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from capture.shapes import differences
+from capture.shapes import Now, differences, primary_key
 from consumers.store.types import ColumnShape, RelationShape
 
 INT, TEXT, VARCHAR, NUMERIC = 23, 25, 1043, 1700
@@ -48,3 +48,33 @@ def test_a_numeric_of_other_precision_was_rewritten() -> None:
 
 def test_nothing_changed() -> None:
     assert differences(shape(ID, A), shape(ID, A)) == []
+
+
+THEN = RelationShape(7, "public", "t", (ColumnShape("a", 23, -1, "int"), ColumnShape("id", 23, -1, "int")), ("id",), "d")
+
+
+@pytest.mark.parametrize(
+    ("names", "flagged", "identity", "now", "before", "key"),
+    [
+        (["id", "a", "v"], ["id", "a"], "d", Now(True, ("a", "id"), ("id", "a", "v")), None, ("a", "id")),  # the catalog knows the order
+        (["id", "v"], ["id"], "d", Now(True, ("number",), ("number", "v")), None, ("id",)),  # renamed since
+        (["id", "a"], ["id", "a"], "d", Now(True, ("y", "x"), ("x", "y")), None, ("a", "id")),  # both of them
+        (["a", "id"], ["id"], "d", Now(True, ("a",), ("a",)), THEN, ("id",)),  # another key since
+        (["a", "id"], ["id"], "d", Now(False, (), ()), None, ("id",)),  # dropped since
+        (["a", "id"], [], "d", Now(True, ("id",), ("a", "id")), None, ("id",)),  # a deferrable key
+        (["a", "id"], [], "d", Now(True, (), ("a", "id")), None, ()),
+        (["a"], ["a"], "d", Now(True, ("a", "id"), ("a", "id"), listed=True), None, ("a", "id")),  # a part is not published
+        (["a", "id"], ["a", "id"], "f", Now(True, ("id",), ("a", "id")), None, ("id",)),
+        (["a", "id"], ["a", "id"], "f", Now(True, ("number",), ("a", "number")), None, ("id",)),
+        (["a", "id"], ["a", "id"], "f", Now(True, ("number",), ("number",)), THEN, ("id",)),
+        (["a", "id"], ["a", "id"], "f", Now(False, (), ()), THEN, ("id",)),
+        (["a", "id"], ["a", "id"], "f", Now(False, (), ()), None, ()),
+        (["a", "id"], ["a"], "i", Now(True, ("id",), ("a", "id")), None, ("id",)),
+        (["a"], ["a"], "i", Now(True, ("id",), ("a", "id"), listed=True), None, ("id",)),
+        (["a", "id"], ["a", "id"], "f", Now(True, (), ("a", "id")), THEN, ()),
+    ],
+)  # fmt: skip
+def test_the_key_of_then(
+    names: list[str], flagged: list[str], identity: str, now: Now, before: RelationShape | None, key: tuple[str, ...]
+) -> None:
+    assert primary_key(names, flagged, identity, now, before) == key
