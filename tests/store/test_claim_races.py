@@ -9,16 +9,18 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
+import psycopg
 import pytest
 from django.core.exceptions import ValidationError
 from django.db import connection
 
 from consumers import changes
 from consumers.models import Consumer
-from consumers.store import claims, lifecycle
+from consumers.store import claims, hot, lifecycle
 from consumers.store.connection import store_connection
 from consumers.store.types import Failure
 from tests.conftest import wait_until
@@ -68,7 +70,9 @@ class Threads:
             raise self.errors[0]
 
 
-def test_receivers_editors_and_watchers_at_once(log: Log) -> None:  # noqa: F811
+def test_receivers_editors_and_watchers_at_once(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(hot, "LARGE_BYTES", 0)
+    monkeypatch.setattr(hot, "DEAD_SHARE", 0)
     consumer = log.consumer(max_ack_pending=40)
     threads = Threads()
     acked: Counter[int] = Counter()
@@ -114,6 +118,8 @@ def test_receivers_editors_and_watchers_at_once(log: Log) -> None:  # noqa: F811
         )  # fmt: skip
         lifecycle.retry(consumer, state="parked")
         lifecycle.backlog(consumer)
+        with store_connection() as conn, suppress(psycopg.errors.LockNotAvailable):
+            hot.rewrite(conn, hot.GROUPS[0])
         claims.renew([row[0] for row in fetch("SELECT token FROM leases WHERE consumer = %s LIMIT 1", consumer)], 50)
         threads.stopping.wait(0.02)
 
