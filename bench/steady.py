@@ -1,9 +1,11 @@
 """Measure steady load with a snapshot held open on the store: does throughput hold, do the hot tables stay small?
 
-    python bench/steady.py [--minutes 2] [--rate 2000]
+    python bench/steady.py [--minutes 2] [--rate 2000] [--batch 100] [--dump]
 
-One appender at RATE messages a second, two receivers that keep up in batches of 100 and now and then nack, and one transaction
-that stays open from the beginning, so that no dead row may be removed. The first tenth is compared with the last.
+One appender at RATE messages a second, two receivers that keep up in batches of BATCH and now and then nack, and one transaction
+that stays open from the beginning, so that no dead row may be removed. The housekeeping of run_workers and run_web runs beside.
+With --dump the transaction holds the hot tables too, as pg_dump does: then they cannot be rewritten until it ends. The first
+tenth is compared with the last. For half an hour: --minutes 30.
 """
 from __future__ import annotations
 
@@ -29,10 +31,10 @@ PART_ROWS = 100
 class Load:
     """The appender and the receivers, each in a thread of its own."""
 
-    def __init__(self, rate: int) -> None:
+    def __init__(self, rate: int, batch: int) -> None:
         from tests.api.pull_world import Log, make_consumer, make_source
 
-        self.rate = rate
+        self.rate, self.batch = rate, batch
         self.log = Log(make_source("bench"))
         self.consumer = make_consumer(self.log.source, "steady").pk
         self.stopping = threading.Event()
@@ -55,7 +57,7 @@ class Load:
         turn = 0
         while not self.stopping.is_set():
             began = time.monotonic()
-            claim = claims.claim(self.consumer, 100, lease_ms=30_000)
+            claim = claims.claim(self.consumer, self.batch, lease_ms=30_000)
             self.slowest_claim_s = max(self.slowest_claim_s, time.monotonic() - began)
             if claim.token is None:
                 self.stopping.wait(0.005)
@@ -79,6 +81,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--rate", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--dump", action="store_true")
     options = parser.parse_args()
     import django
     import psycopg
@@ -90,19 +94,25 @@ def main() -> None:
 
     call_command("migrate", verbosity=0)
     try:
-        measure(options.rate, options.minutes)
+        measure(options)
     finally:
         cluster.pytest_unconfigure(None)
 
 
-def measure(rate: int, minutes: float) -> None:
+def measure(options: argparse.Namespace) -> None:
     import psycopg
 
-    load = Load(rate)
+    from consumers.store.hot import keep_small
+
+    minutes = options.minutes
+    load = Load(options.rate, options.batch)
     threads = [threading.Thread(target=load.append), *[threading.Thread(target=load.receive) for _ in range(2)]]
+    threads.append(threading.Thread(target=keep_small, args=(load.stopping,)))
     with psycopg.connect(os.environ["DATABASE_URL"]) as held, psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as conn:
         held.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        held.execute("SELECT pg_current_xact_id_if_assigned(), count(*) FROM consumer_position")
+        held.execute("SELECT count(*) FROM messages")
+        if options.dump:
+            held.execute(f"LOCK TABLE {', '.join(TABLES)} IN ACCESS SHARE MODE")
         for thread in threads:
             thread.start()
         rates = []

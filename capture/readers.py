@@ -18,7 +18,6 @@ from typing import Any
 import psycopg
 from django.conf import settings
 from django.db import DatabaseError, connection
-from django.utils import timezone
 
 from consumers.models import Source
 from consumers.store import lifecycle
@@ -118,7 +117,7 @@ class Readers:
 
     def _kill_stale(self) -> None:
         """A reader that no longer beats hangs: end it, so that it is started again."""
-        before = timezone.now() - timedelta(seconds=STALE_AFTER_S)
+        before = lifecycle.clock() - timedelta(seconds=STALE_AFTER_S)  # beats are dated by the store's clock
         pids = {
             child.process.pid: child for child in self._children.values()
             if time.monotonic() - child.started_at > STALE_AFTER_S

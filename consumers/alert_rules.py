@@ -37,7 +37,7 @@ def holding(now: datetime) -> list[Condition]:
 def _sources(now: datetime, rules: dict[str, AlertRule]) -> Iterator[Condition]:
     looks = counters.looks()
     statuses = {status.pk: status for status in SourceStatus.objects.all()}
-    judged = {one.name: one for one in health.sources(now)}
+    judged = {one.name: one for one in health.sources(now=now)}
     for source in Source.objects.all():
         subject, one, status, look = f"source {source.name}", judged.get(source.name), statuses.get(source.pk), looks.get(source.pk)
         if one is not None and one.status == "failing":
@@ -51,7 +51,7 @@ def _sources(now: datetime, rules: dict[str, AlertRule]) -> Iterator[Condition]:
 def _consumers(now: datetime, rules: dict[str, AlertRule]) -> Iterator[Condition]:
     looks = counters.looks()
     positions = {position.pk: position for position in ConsumerPosition.objects.all()}
-    judged = {one.name: one for one in health.consumers(now)}
+    judged = {one.name: one for one in health.consumers(now=now)}
     for consumer in Consumer.objects.exclude(status=DISABLED):
         subject, one = f"consumer {consumer.name}", judged.get(consumer.name)
         position, look = positions.get(consumer.pk), looks.get(consumer.pk)

@@ -12,7 +12,7 @@ from django.core.exceptions import ValidationError
 from django.db import transaction
 
 from consumers import audit
-from consumers.models import Consumer, HttpEndpoint, Source
+from consumers.models import Consumer, HttpEndpoint, Source, groups_in_use
 from consumers.publishing import demand_publication, publish_tables
 from consumers.routing import check_where
 from consumers.source_connection import SourceUnreachable, reason_of
@@ -190,6 +190,10 @@ def _save_consumer(consumer: Consumer) -> None:
             lifecycle.create_position(consumer.pk, consumer.source_id, _position(consumer.source))
         return
     with transaction.atomic():
+        if before.group_columns != consumer.group_columns:
+            out, parked = lifecycle.held(consumer.pk)
+            if out + parked:  # a claim was faster than this edit
+                raise ValidationError({"group_columns": groups_in_use(out, parked)})
         if before.status != consumer.status:
             consumer.status_reason = ""
         dropped = lifecycle.backlog(consumer.pk).undelivered if consumer.status == "disabled" != before.status else None

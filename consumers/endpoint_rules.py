@@ -5,7 +5,11 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
-RESERVED_HEADERS = ("host", "content-length", "transfer-encoding", "connection", "content-type")
+RESERVED_HEADERS = (
+    "host", "content-length", "transfer-encoding", "connection", "content-type",
+    # between two ends of one connection, which are not the endpoint's to set
+    "expect", "keep-alive", "proxy-connection", "te", "trailer", "upgrade",
+)  # fmt: skip
 RESERVED_PREFIX = "webhook-"
 
 
@@ -40,7 +44,7 @@ def check_headers(headers: Any) -> str | None:
             return f"{name!r} is not a header name"
         if name.lower() in RESERVED_HEADERS or name.lower().startswith(RESERVED_PREFIX):
             return f"{name} is reserved: it is set by the service"
-        if not isinstance(value, str) or len(value) > 8000 or re.search(r"[\r\n\0]", value) or not _is_latin1(value):
+        if not isinstance(value, str) or len(value) > 8000 or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value) or not _is_latin1(value):
             return f"the value of {name} is not a header value: expected one line of Latin-1 text"
     return None
 

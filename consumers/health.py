@@ -9,8 +9,10 @@ from django.conf import settings
 from django.db import connection
 
 from consumers.hosting import PAUSE_COSTS, readable_bytes
+from consumers.store import lifecycle
 
 DOWN_AFTER = timedelta(seconds=30)
+IDLE_AFTER = timedelta(seconds=60)
 FORGOTTEN_AT_LEAST = timedelta(hours=1)
 # States of a source that do not end by themselves; the others are failing when they last.
 FAILING = ("slot_missing", "slot_lost", "slot_foreign", "publication_missing", "store_full")
@@ -25,8 +27,9 @@ class Judged(NamedTuple):
         return {"name": self.name, "status": self.status, "reasons": self.reasons}
 
 
-def sources(now: datetime, only: UUID | None = None) -> list[Judged]:
-    """`ok`, `paused`, `degraded` or `failing`; each but ok with its reasons."""
+def sources(*, only: UUID | None = None, now: datetime | None = None) -> list[Judged]:
+    """`ok`, `paused`, `degraded` or `failing`; each but ok with its reasons. `now`: by default the store's clock, which dates everything."""
+    now = now or lifecycle.clock()
     rows = _fetch(
         "SELECT c.name, c.status, s.state, s.reasons, s.since, s.at, p.gap, c.created_at FROM consumers_source c"
         " LEFT JOIN source_status s ON s.source = c.id LEFT JOIN capture_progress p ON p.source = c.id WHERE %(only)s::uuid IS NULL OR c.id = %(only)s ORDER BY c.name",
@@ -35,14 +38,21 @@ def sources(now: datetime, only: UUID | None = None) -> list[Judged]:
     return [_judge_source(now, *row) for row in rows]
 
 
-def consumers(now: datetime, only: UUID | None = None) -> list[Judged]:
+def consumers(*, only: UUID | None = None, now: datetime | None = None) -> list[Judged]:
     """`ok`, `paused`, `disabled` or `degraded`."""
+    now = now or lifecycle.clock()
     forgotten = now - max(settings.SEQUIN_RETENTION / 2, FORGOTTEN_AT_LEAST)
     rows = _fetch(
         "SELECT c.name, c.status, c.status_reason, c.max_parked, p.parked_count, p.dead_count, h.first_id, h.last_error,"
         " p.dropped_count, w.committed_at, CASE WHEN c.max_backlog_bytes IS NOT NULL OR w.committed_at < %(forgotten)s"
         " THEN sequin_backlog_bytes(p.position) END, c.max_backlog_bytes,"
-        " (SELECT count(*) FROM (SELECT FROM parked x WHERE x.consumer = c.id AND x.due_at = 'infinity' LIMIT 1000) held)"
+        " (SELECT count(*) FROM (SELECT FROM parked x WHERE x.consumer = c.id AND x.due_at = 'infinity' LIMIT 1000) held),"
+        " c.kind, p.taken_at,"
+        " (SELECT format('%%s.%%s %%s', r.schema_name, r.table_name, m.key) FROM (SELECT x.source, min(x.first_id) AS id FROM parked x"
+        " WHERE x.consumer = c.id AND x.reason <> 'dead' AND p.parked_count >= c.max_parked GROUP BY x.source, x.grp"
+        " ORDER BY sum(cardinality(x.ids)) DESC LIMIT 1) g, LATERAL (SELECT relation, key FROM messages y WHERE y.source = g.source"
+        " AND y.id = g.id UNION ALL SELECT relation, key FROM kept_messages y WHERE y.source = g.source AND y.id = g.id LIMIT 1) m"
+        " JOIN relation_version r ON r.id = m.relation)"
         " FROM consumers_consumer c LEFT JOIN consumer_position p ON p.consumer = c.id LEFT JOIN LATERAL ("
         " SELECT committed_at FROM messages m WHERE m.source = p.source AND m.id > p.position ORDER BY m.id LIMIT 1) w ON true"
         " LEFT JOIN LATERAL ("
@@ -85,7 +95,7 @@ def _judge_source(
 def _judge_consumer(
     now: datetime, retention: timedelta, name: str, configured: str, why: str, max_parked: int, parked: int | None, dead: int | None,
     first_id: int | None, error: str | None, dropped: int | None, waiting_since: datetime | None, held: int | None, limit: int | None,
-    unfit: int,
+    unfit: int, kind: str, taken_at: datetime | None, largest: str | None,
 ) -> Judged:  # fmt: skip
     if configured == "disabled":
         return Judged(name, configured, [])
@@ -99,8 +109,11 @@ def _judge_consumer(
         reasons.append(f"{dropped} messages were dropped because its backlog was full (on_full: drop_oldest)")
     if configured == "paused":
         return Judged(name, configured, reasons)
+    idle_since = max(waiting_since, taken_at or waiting_since) if waiting_since is not None else None
+    if kind == "push" and idle_since is not None and now - idle_since > IDLE_AFTER:
+        reasons.append(f"nothing has been taken to push since {idle_since:%Y-%m-%d %H:%M:%S} UTC: does run_workers run, is its endpoint held?")
     if parked and parked >= max_parked:
-        reasons.append(f"takes no more: {parked} messages wait behind failing ones, first of them message {first_id}")
+        reasons.append(f"takes no more: {parked} messages wait behind failing ones, most of them in the group of {largest}")
     elif parked:
         reasons.append(f"{parked} messages are parked" + (f", the first because: {error}" if error else ""))
     if unfit:

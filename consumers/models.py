@@ -198,8 +198,8 @@ class HttpEndpoint(Named):
         if not self.signing_secret:
             self.signing_secret = new_signing_secret()
         for secret in self.signing_secret.split():
-            if not re.fullmatch(r"whsec_[A-Za-z0-9+/]{22,}={0,2}", secret):
-                errors["signing_secret"] = "expected whsec_ and base64 of at least 16 bytes; two, apart by a space, while rotating"
+            if not re.fullmatch(r"whsec_[A-Za-z0-9+/]{32,86}={0,2}", secret):
+                errors["signing_secret"] = "expected whsec_ and base64 of 24 to 64 bytes; two, apart by a space, while rotating"
         if errors:
             raise ValidationError(errors)
 
@@ -329,11 +329,15 @@ class Consumer(Named):
         if self.group_columns != before.group_columns:
             position = ConsumerPosition.objects.filter(consumer=self.pk).first()
             if position is not None and position.out_count + position.parked_count > 0:
-                errors["group_columns"] = ValidationError(
-                    f"changes only when nothing is out or parked: {position.out_count} are out and"
-                    f" {position.parked_count} parked. Pause the consumer and wait, or discard them",
-                    code="in_use",
-                )
+                errors["group_columns"] = groups_in_use(position.out_count, position.parked_count)
+
+
+def groups_in_use(out: int, parked: int) -> ValidationError:
+    """Messages grouped by the old columns would be overtaken by others of their new groups."""
+    return ValidationError(
+        f"changes only when nothing is out or parked: {out} are out and {parked} parked. Pause the consumer and wait, or discard them",
+        code="in_use",
+    )
 
 
 class ApiToken(models.Model):

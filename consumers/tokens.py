@@ -79,6 +79,8 @@ def create_token(
 
 def find_caller(plain: str) -> Caller | None:
     """The caller whose token this is, None when there is none, or it is revoked or expired."""
+    if not plain:
+        return None
     digest = _hash(plain)
     known = _cache.get(digest)
     now = time.monotonic()
@@ -120,11 +122,10 @@ class TokenAuthentication(BaseAuthentication):
     """`Authorization: Bearer TOKEN`."""
 
     def authenticate(self, request: Any) -> tuple[Caller, None]:
-        header = request.META.get("HTTP_AUTHORIZATION", "")
-        kind, _, plain = header.partition(" ")
-        if kind.lower() != "bearer" or not plain.strip():
+        plain = token_of(request)
+        if not plain:
             raise AuthenticationFailed("expected the header Authorization: Bearer TOKEN")
-        caller = find_caller(plain.strip())
+        caller = find_caller(plain)
         if caller is None:
             raise AuthenticationFailed("the token is unknown, revoked or expired")
         if caller.rate_limit is not None and not _admit(caller.token_id, caller.rate_limit, time.monotonic()):
@@ -165,9 +166,14 @@ def may_operate(request: HttpRequest, public: bool) -> bool:
         local = False
     if public or (local and not forwarded):
         return True
-    kind, _, plain = request.META.get("HTTP_AUTHORIZATION", "").partition(" ")
-    caller = find_caller(plain.strip()) if kind.lower() == "bearer" and plain.strip() else None
+    caller = find_caller(token_of(request))
     return caller is not None and caller.may("manage")
+
+
+def token_of(request: HttpRequest) -> str:
+    """The token a request carries, "" when it carries none."""
+    kind, _, plain = request.META.get("HTTP_AUTHORIZATION", "").partition(" ")
+    return plain.strip() if kind.lower() == "bearer" else ""
 
 
 def _admit(token_id: UUID, rate: int, now: float) -> bool:

@@ -1,4 +1,5 @@
-"""What run_workers does besides pushing: count for the charts, judge alerts and send them. Each on a thread of its own.
+"""What run_workers does besides pushing: count for the charts, judge alerts and send them, keep hot tables small. Each on a
+thread of its own.
 
 Any number of processes may run it; the store's locks see that each round is done by one.
 """
@@ -12,7 +13,7 @@ from typing import Any
 
 from django.db import DatabaseError, connection
 
-from consumers.store import counters
+from consumers.store import counters, hot
 from delivery import alerting
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Chores:
             threading.Thread(target=self._run, args=(task,), name=name, daemon=True)
             for name, task in (("counting", self.count), ("judging", alerting.judge), ("alerting", alerting.send))
         ]
+        self._threads.append(threading.Thread(target=hot.keep_small, name="housekeeping", args=(self._stop,), daemon=True))
 
     def start(self) -> None:
         for thread in self._threads:

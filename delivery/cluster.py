@@ -18,6 +18,7 @@ from django.conf import settings
 from django.db import DatabaseError, connection
 from django_q.brokers import get_broker
 from django_q.tasks import async_task
+from redis.exceptions import RedisError
 
 from consumers.store import lifecycle, turns
 from delivery.chores import Chores
@@ -55,9 +56,10 @@ class Watcher:
             while not self._stopping:
                 try:
                     self._look()
-                except (DatabaseError, OSError) as error:
+                except (DatabaseError, OSError, RedisError) as error:
                     log.warning("the store or the broker is away: %s", " ".join(str(error).split())[:200])
                     connection.close()
+                    self._full_at = time.monotonic()  # an outage is not the cluster's fault: it has time to begin again
                 self._pause()
         finally:
             self._end()

@@ -4,19 +4,20 @@ from __future__ import annotations
 from django.conf import settings
 from django.db import Error as DatabaseFailure
 from django.http import HttpRequest, HttpResponse, JsonResponse
-from django.utils import timezone
 
-from consumers.api.errors import answer
-from consumers.tokens import may_operate
-from delivery.metrics import exposition
 from consumers import health as judge
+from consumers.api.errors import answer
+from consumers.tokens import find_caller, may_operate, token_of
+from delivery.metrics import exposition
+
 
 def health(request: HttpRequest) -> HttpResponse:
     """200 while every source gets on, 503 when one is failing or the store is away."""
     try:
-        if not may_operate(request, settings.SEQUIN_METRICS_PUBLIC):
-            return JsonResponse({"summary": "needs a token of scope manage, or SEQUIN_METRICS_PUBLIC=1"}, status=401)
-        sources, consumers = judge.sources(timezone.now()), judge.consumers(timezone.now())
+        refused = _refused(request)
+        if refused is not None:
+            return refused
+        sources, consumers = judge.sources(), judge.consumers()
     except DatabaseFailure:
         body = {"status": "failing", "reasons": ["the store is away"], "sources": [], "consumers": []}
         return JsonResponse(body, status=503)
@@ -34,10 +35,21 @@ def health(request: HttpRequest) -> HttpResponse:
 def metrics(request: HttpRequest) -> HttpResponse:
     """Prometheus' text format."""
     try:
-        if not may_operate(request, settings.SEQUIN_METRICS_PUBLIC):
-            return HttpResponse("needs a token of scope manage, or SEQUIN_METRICS_PUBLIC=1\n", status=401, content_type="text/plain")
+        refused = _refused(request)
+        if refused is not None:
+            return refused
         text = exposition()
     except DatabaseFailure as error:
         failed = answer(error)
         return failed if failed is not None else HttpResponse(status=503)
     return HttpResponse(text, content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _refused(request: HttpRequest) -> HttpResponse | None:
+    """None when this caller may look; else 401, or 403 when the token is known and may not."""
+    if may_operate(request, settings.SEQUIN_METRICS_PUBLIC):
+        return None
+    caller = find_caller(token_of(request))
+    if caller is None:
+        return JsonResponse({"summary": "needs a token of scope manage, or SEQUIN_METRICS_PUBLIC=1"}, status=401, headers={"WWW-Authenticate": "Bearer"})
+    return JsonResponse({"summary": f"the token's scope is {caller.scope}; this needs manage"}, status=403)

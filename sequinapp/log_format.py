@@ -30,3 +30,22 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
+
+
+class WithoutRepeats(logging.Filter):
+    """Lets the same line through once in REPEAT_AFTER_S: while its broker is away, django-q says so ten times a second."""
+
+    REPEAT_AFTER_S = 10.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if record.created - self._said.get(text, -self.REPEAT_AFTER_S) < self.REPEAT_AFTER_S:
+            return False
+        if len(self._said) > 100:
+            self._said.clear()
+        self._said[text] = record.created
+        return True

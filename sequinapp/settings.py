@@ -189,6 +189,7 @@ LOGGING = {
         "console": {"()": "sequinapp.log_format.ConsoleFormatter"},
         "json": {"()": "sequinapp.log_format.JsonFormatter"},
     },
+    "filters": {"without_repeats": {"()": "sequinapp.log_format.WithoutRepeats"}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": ENV.log_format}},
     "root": {"handlers": ["stderr"], "level": ENV.log_level},
     "loggers": {
@@ -197,7 +198,7 @@ LOGGING = {
         "psycopg": {"level": "ERROR"},
         "psycopg.pool": {"level": "ERROR"},
         "urllib3": {"level": "ERROR"},
-        "django-q": {"level": "WARNING", "handlers": ["stderr"], "propagate": False},
+        "django-q": {"level": "WARNING", "handlers": ["stderr"], "propagate": False, "filters": ["without_repeats"]},
         "_granian": {"level": "WARNING", "handlers": ["stderr"], "propagate": False},
     },
 }

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -248,8 +249,9 @@ def _stop_listening(django_db_setup: None) -> Iterator[None]:
 
     filtering.close()
     room.close()
-    if room._listener is not None:
-        room._listener.join(5)
+    for thread in threading.enumerate():
+        if thread.name in ("pull-listener", "housekeeping"):
+            thread.join(5)
 
 
 @pytest.fixture(autouse=True)

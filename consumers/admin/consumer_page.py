@@ -128,7 +128,7 @@ def _count(consumer_id: UUID, ids: list[int], state: str | None) -> int:
 
 
 def _standing(consumer: Consumer) -> dict[str, Any]:
-    judged = health.consumers(timezone.now(), only=consumer.pk)
+    judged = health.consumers(only=consumer.pk)
     position = ConsumerPosition.objects.filter(pk=consumer.pk).first()
     return {
         "judged": judged[0] if judged else None,

@@ -7,7 +7,6 @@ from django.contrib import admin
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect
 from django.urls import URLPattern, path, reverse
-from django.utils import timezone
 from unfold.decorators import display
 
 from consumers import changes, health
@@ -68,7 +67,7 @@ class ConsumerAdmin(ConfigurationAdmin):
         """What the rows show besides, in one query each."""
         listed = super().get_changelist_instance(request)
         looks = counters.looks()
-        judged = {one.name: one.status for one in health.consumers(timezone.now())}
+        judged = {one.name: one.status for one in health.consumers()}
         positions = {position.pk: position for position in ConsumerPosition.objects.all()}
         for consumer in listed.result_list:
             consumer.look = looks.get(consumer.pk)

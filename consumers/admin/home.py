@@ -56,7 +56,7 @@ def fill(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sources(rates: dict[UUID, Rate], looks: dict[UUID, Look]) -> list[dict[str, Any]]:
-    judged = {one.name: one for one in health.sources(timezone.now())}
+    judged = {one.name: one for one in health.sources()}
     statuses = {status.pk: status for status in SourceStatus.objects.all()}
     cards = []
     for source in Source.objects.all():
@@ -79,7 +79,7 @@ def _sources(rates: dict[UUID, Rate], looks: dict[UUID, Look]) -> list[dict[str,
 
 
 def _consumers(rates: dict[UUID, Rate], looks: dict[UUID, Look]) -> list[dict[str, Any]]:
-    judged = {one.name: one for one in health.consumers(timezone.now())}
+    judged = {one.name: one for one in health.consumers()}
     counts = {row[0]: row[1:] for row in ConsumerPosition.objects.values_list("pk", "parked_count", "dead_count", "acked_count")}
     cards = []
     # Plain values: making two hundred models would take longer than everything else.

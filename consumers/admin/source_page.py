@@ -9,7 +9,6 @@ from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
-from django.utils import timezone
 
 from consumers import changes, health, source_setup
 from consumers.admin import charts
@@ -101,7 +100,7 @@ def _do(source: Source, action: str) -> str:
 
 def _standing(source: Source) -> dict[str, Any]:
     status = SourceStatus.objects.filter(pk=source.pk).first()
-    judged = health.sources(timezone.now(), only=source.pk)
+    judged = health.sources(only=source.pk)
     return {
         "judged": judged[0] if judged else None,
         "status": status,

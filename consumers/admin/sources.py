@@ -7,7 +7,6 @@ from django.contrib import admin, messages
 from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponse
 from django.urls import URLPattern, path
-from django.utils import timezone
 from unfold.decorators import display
 
 from consumers import changes, health
@@ -60,12 +59,12 @@ class SourceAdmin(ConfigurationAdmin):
 
     @display(description="State")
     def state(self, source: Source) -> str:
-        judged = health.sources(timezone.now(), only=source.pk)
+        judged = health.sources(only=source.pk)
         return pill(judged[0].status if judged else "connecting")
 
     @display(description="Reasons")
     def reasons(self, source: Source) -> str:
-        judged = health.sources(timezone.now(), only=source.pk)
+        judged = health.sources(only=source.pk)
         return "; ".join(judged[0].reasons) if judged and judged[0].reasons else "–"
 
     @display(description="WAL kept on the source")

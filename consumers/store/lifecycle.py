@@ -101,6 +101,12 @@ WAITING_SQL = """
 """
 
 
+def held(consumer_id: UUID) -> tuple[int, int]:
+    """How many messages are out and parked; inside a transaction, and until it ends nothing more will be."""
+    rows = _fetch("SELECT out_count, parked_count FROM consumer_position WHERE consumer = %s FOR UPDATE", [consumer_id])
+    return rows[0] if rows else (0, 0)  # type: ignore[return-value]
+
+
 def disable(consumer_id: UUID) -> None:
     """Drop what a consumer has out and parked. What comes is not collected until `enable`."""
     with transaction.atomic():

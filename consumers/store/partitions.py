@@ -141,9 +141,10 @@ def _drop(conn: Connection, name: str, from_id: int, to_id: int) -> bool:
 
 
 def _drop_unneeded_copies(conn: Connection) -> None:
+    """One join, however many of either there are."""
     conn.execute(
-        "DELETE FROM kept_messages k WHERE NOT EXISTS (SELECT FROM leases l WHERE l.source = k.source AND k.id = ANY (l.ids))"
-        " AND NOT EXISTS (SELECT FROM parked p WHERE p.source = k.source AND k.id = ANY (p.ids))"
+        "DELETE FROM kept_messages k WHERE NOT EXISTS (SELECT FROM (SELECT source, unnest(ids) AS id FROM leases"
+        " UNION ALL SELECT source, unnest(ids) FROM parked) needed WHERE needed.source = k.source AND needed.id = k.id)"
     )
 
 

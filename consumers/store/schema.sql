@@ -299,7 +299,8 @@ declare
 begin
     with heads as (
         select distinct h.id, h.first_id, h.grp, h.grp2, h.not_before
-        from (select distinct unnest(p_groups) as grp) g,
+        -- by hashing: there may be very many of both
+        from (select unnest(p_groups) as grp except select unnest(v_out)) g,
         lateral (
             select * from (
                 (select p.* from parked p where p.consumer = p_consumer and p.grp = g.grp and p.reason <> 'dead'
@@ -314,11 +315,10 @@ begin
     update parked p set due_at = greatest(v_now, p.not_before)  -- one moment for all: they come back in log order
     from heads h
     where p.id = h.id
-      and not (h.grp = any (v_out))
-      and (h.grp2 is null or not (h.grp2 = any (v_out)))
-      -- an update with two groups waits until it leads both
-      and sequin_first_parked(p_consumer, h.grp) >= h.first_id
-      and (h.grp2 is null or sequin_first_parked(p_consumer, h.grp2) >= h.first_id);
+      -- an update with two groups waits until it leads both, and neither is out
+      and (h.grp2 is null or (
+          not (h.grp = any (v_out)) and not (h.grp2 = any (v_out))
+          and sequin_first_parked(p_consumer, h.grp) >= h.first_id and sequin_first_parked(p_consumer, h.grp2) >= h.first_id));
     get diagnostics v_count = row_count;
     return v_count;
 end $$;
@@ -1261,7 +1261,7 @@ begin
         select p.id, p.grp, p.grp2, p.reason, u.id as message, p.ids
         from parked p, unnest(p.ids) u(id)
         where p.consumer = p_consumer
-          and (p_ids is null or u.id = any (p_ids))
+          and (p_ids is null or u.id in (select unnest(p_ids)))
           and (p_state is null or (p_state = 'dead') = (p.reason = 'dead'))
           and (p_since is null or p.parked_at >= p_since) and (p_until is null or p.parked_at < p_until)
           and (p_key is null or p_key in (

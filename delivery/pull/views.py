@@ -19,6 +19,7 @@ from consumers.tokens import Caller
 from delivery.pull.descriptions import RECEIPTS, RECEIVE_PARAMETERS, RECEIVED, described, settled
 from delivery.pull import directory, parameters
 from delivery.pull.directory import Receiver
+from delivery.pull.gates import one_of_few
 from delivery.pull.waiting import room
 from delivery.transforming import Outgoing, make, settle
 
@@ -47,7 +48,8 @@ class PullView(APIView):
         receiver = self.receiver(name_or_id)
         given = read_object(self.request)
         receipts, malformed = _receipts(parameters.ack_ids(given))
-        settled = action(receiver, given, receipts)
+        with one_of_few(receiver.id):
+            settled = action(receiver, given, receipts)
         return _json(f'{{"success":true,"{what}":{settled.done},"stale":{settled.stale + malformed}}}'.encode())
 
 
@@ -141,9 +143,8 @@ class Taken(NamedTuple):
 
 def _take(receiver: Receiver, size: int, looked_at: int = 0) -> Taken:
     """`looked_at`: how many messages to look at, where a function drops most: what is too much goes back."""
-    connection.close()  # nobody waits for a turn with a connection in hand: those whose turn it is need them
     try:
-        with _claiming:
+        with one_of_few(receiver.id), _claiming:
             claim = claims.claim(receiver.id, max(size, looked_at), lease_ms=receiver.ack_wait_ms)
             if claim.token is None:
                 return Taken(None, [], claim.at_end, claim.next_due_ms)

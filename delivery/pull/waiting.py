@@ -24,6 +24,7 @@ from django.db import DatabaseError, close_old_connections, connection
 from consumers import tokens
 from consumers.api.errors import TooMany
 from consumers.store.connection import store_connection
+from consumers.store.hot import keep_small
 from consumers.store.interest import concerns
 from delivery.pull import directory
 from delivery.pull.directory import Receiver
@@ -64,7 +65,11 @@ class WaitingRoom:
         self._due: dict[UUID, float] = {}
         self._count = 0
         self._listener: threading.Thread | None = None
-        self.is_closed = False
+        self._stopping = threading.Event()
+
+    @property
+    def is_closed(self) -> bool:
+        return self._stopping.is_set()
 
     def enter(self, receiver: Receiver) -> Waiter:
         """Begin to wait. Claim again after this: a notice may have come before. Raises TooMany."""
@@ -111,7 +116,7 @@ class WaitingRoom:
     def close(self) -> None:
         """The server stops: let every poll end now, and later ones at once."""
         with self._lock:
-            self.is_closed = True
+            self._stopping.set()
             for queue in self._waiters.values():
                 for waiter in queue:
                     waiter.event.set()
@@ -124,6 +129,7 @@ class WaitingRoom:
             if self._listener is None or not self._listener.is_alive():
                 self._listener = threading.Thread(target=self._run, name="pull-listener", daemon=True)
                 self._listener.start()
+                threading.Thread(target=keep_small, name="housekeeping", args=(self._stopping,), daemon=True).start()
 
     def _run(self) -> None:
         pause = 0.1

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from django.conf import settings
+from django.db import connection
 from django.test import Client
 from prometheus_client.parser import text_string_to_metric_families
 
 from consumers.store import lifecycle
 from tests.api.pull_world import Log, make_consumer, make_source
-from consumers.models import Source
+from consumers.models import Consumer, HttpEndpoint, Source
 from consumers.tokens import create_token
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -84,12 +85,39 @@ def test_a_parked_message_degrades_its_consumer_only(client: Client, source: Sou
     assert {one["name"]: one["status"] for one in body["consumers"]} == {"orders": "degraded", "other": "ok"}
 
 
+def test_a_consumer_that_is_full_of_parked_messages_names_the_group(client: Client, source: Source, log: Log) -> None:
+    from consumers.store import claims
+
+    consumer = make_consumer(source)
+    Consumer.objects.update(max_parked=3)
+    log.append([7, 8])
+    claim = claims.claim(consumer.pk, 2, lease_ms=30_000)
+    assert claim.token is not None
+    claims.nack(consumer.pk, [(claim.token, message.id) for message in claim.messages], 60_000)
+    log.append([8, 8, 8, 9])
+    assert len(claims.claim(consumer.pk, 2, lease_ms=30_000).messages) == 1
+    reasons = health(client)[1]["consumers"][0]["reasons"]
+    assert reasons == ['takes no more: 5 messages wait behind failing ones, most of them in the group of public.orders ["8"]']
+
+
+def test_a_push_consumer_that_nobody_serves_is_degraded(client: Client, source: Source, log: Log) -> None:
+    endpoint = HttpEndpoint.objects.create(name="e", url="https://example.com/")
+    make_consumer(source, kind="push", endpoint=endpoint)
+    make_consumer(source, "pulled")
+    log.append([1])
+    assert [one["status"] for one in health(client)[1]["consumers"]] == ["ok", "ok"]
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE messages SET committed_at = now() - interval '2 minutes'")
+    assert {one["name"]: one["status"] for one in health(client)[1]["consumers"]} == {"orders": "degraded", "pulled": "ok"}
+
+
 @pytest.mark.parametrize("path", ["/health", "/metrics"])
 def test_from_elsewhere_it_needs_a_token_that_may_manage(client: Client, path: str, settings: Any) -> None:
     assert client.get(path, **REMOTE).status_code == 401
     assert client.get(path, HTTP_X_FORWARDED_FOR="203.0.113.9").status_code == 401
     _, pull = create_token("puller", "pull")
-    assert client.get(path, HTTP_AUTHORIZATION=f"Bearer {pull}", **REMOTE).status_code == 401
+    assert client.get(path, HTTP_AUTHORIZATION=f"Bearer {pull}", **REMOTE).status_code == 403
+    assert client.get(path, HTTP_AUTHORIZATION="Bearer nonsense", **REMOTE).status_code == 401
     _, manage = create_token("manager", "manage")
     assert client.get(path, HTTP_AUTHORIZATION=f"Bearer {manage}", **REMOTE).status_code == 200
     settings.SEQUIN_METRICS_PUBLIC = True

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -14,7 +16,7 @@ from django.utils import timezone
 from consumers.models import ApiToken, HttpEndpoint
 from consumers.store.claims import encode_receipt
 from consumers.store.connection import store_connection
-from tests.api.pull_world import World, server, until, web_server, world  # noqa: F401  (fixtures)
+from tests.api.pull_world import Answer, World, server, until, web_server, world  # noqa: F401  (fixtures)
 
 PREFIXES = ("http_pull_consumers", "sequin_streams")
 
@@ -228,6 +230,30 @@ def test_a_renamed_consumer_is_found_under_its_new_name(world: World) -> None:
     consumer.save()
     until(lambda: world.client.receive(old).status == 404, within_s=2)
     assert world.client.receive(consumer.name).status == 200
+
+
+def test_a_consumer_that_many_wait_for_leaves_room_for_the_others(world: World) -> None:
+    """Its calls are held up in the store here, all of them at once."""
+    busy, other = world.consumer("busy"), world.consumer("other")
+    world.log.append([1, 2, 3])
+    ids = world.client.receive(busy.name, batch_size=1).ack_ids
+    calls = [partial(world.client.receive, busy.name), partial(world.client.settle, "ack", busy.name, ids)]
+    answers: list[Answer] = []
+    callers = [threading.Thread(target=lambda call=call: answers.append(call())) for call in calls * 20]
+    with store_connection(autocommit=False) as conn:
+        conn.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [str(busy.pk)])
+        for caller in callers:
+            caller.start()
+        until(lambda: waiting_for_locks(conn) == 2)
+        assert len(world.client.receive(other.name, batch_size=3).keys) == 3
+        assert not answers
+    for caller in callers:
+        caller.join(30)
+    assert [answer.status for answer in answers] == [200] * 40
+
+
+def waiting_for_locks(conn: Any) -> int:
+    return int(conn.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted").fetchone()[0])
 
 
 def test_the_answer_is_json_whatever_the_client_accepts(world: World) -> None:

@@ -14,6 +14,8 @@ from consumers.endpoint_rules import check_headers, check_url
         {"x": "a\r\nInjected: 1"}, {"x": "a\nb"}, {"x": "a\rb"}, {"x": "a\0b"}, {"x": "a\r\n folded"}, {"x\r\ny": "a"}, {"x y": "a"}, {"": "a"},
         {"x:": "a"}, {"é": "a"}, {"Host": "a"}, {"HOST": "a"}, {"Content-Length": "1"}, {"transfer-encoding": "chunked"},
         {"Connection": "close"}, {"content-type": "text/html"}, {"webhook-id": "x"}, {"Webhook-Signature": "x"}, {"webhook-anything": "x"},
+        {"x": "a\x0bb"}, {"x": "a\x0cb"}, {"x": "a\x1bb"}, {"x": "a\x7fb"}, {"x": "a\u2028b"}, {"Upgrade": "h2c"}, {"TE": "trailers"},
+        {"Trailer": "x"}, {"Keep-Alive": "1"}, {"Expect": "100-continue"},
         {"x": 1}, {"x": None}, {"x": ["a"]}, ["x"], "x: y",
     ],
 )  # fmt: skip

@@ -9,14 +9,19 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
+import psycopg
 import pytest
+from django.core.exceptions import ValidationError
 from django.db import connection
 
+from consumers import changes
 from consumers.models import Consumer
-from consumers.store import claims, lifecycle
+from consumers.store import claims, hot, lifecycle
+from consumers.store.connection import store_connection
 from consumers.store.types import Failure
 from tests.conftest import wait_until
 from tests.store.test_claims import Log, fetch, log, parked_count, unsent  # noqa: F401
@@ -65,7 +70,9 @@ class Threads:
             raise self.errors[0]
 
 
-def test_receivers_editors_and_watchers_at_once(log: Log) -> None:  # noqa: F811
+def test_receivers_editors_and_watchers_at_once(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(hot, "LARGE_BYTES", 0)
+    monkeypatch.setattr(hot, "DEAD_SHARE", 0)
     consumer = log.consumer(max_ack_pending=40)
     threads = Threads()
     acked: Counter[int] = Counter()
@@ -111,6 +118,8 @@ def test_receivers_editors_and_watchers_at_once(log: Log) -> None:  # noqa: F811
         )  # fmt: skip
         lifecycle.retry(consumer, state="parked")
         lifecycle.backlog(consumer)
+        with store_connection() as conn, suppress(psycopg.errors.LockNotAvailable):
+            hot.rewrite(conn, hot.GROUPS[0])
         claims.renew([row[0] for row in fetch("SELECT token FROM leases WHERE consumer = %s LIMIT 1", consumer)], 50)
         threads.stopping.wait(0.02)
 
@@ -134,6 +143,32 @@ def test_receivers_editors_and_watchers_at_once(log: Log) -> None:  # noqa: F811
     assert set(acked.values()) == {1}, "no ack counted twice"
     assert parked_count(consumer) == (0, 0)
     assert fetch("SELECT out_count, acked_count FROM consumer_position WHERE consumer = %s", consumer)[0] == (0, len(everything))
+
+
+def test_group_columns_are_not_changed_behind_a_claim(log: Log) -> None:  # noqa: F811
+    """The edit finds nothing out, and a claim is faster than its saving."""
+    consumer = log.consumer()
+    log.append(log.row(1))
+    errors: list[Exception] = []
+    edited = Consumer.objects.get(pk=consumer)
+    edited.group_columns = ["n"]
+
+    def save() -> None:
+        try:
+            changes.save(edited)
+        except ValidationError as error:
+            errors.append(error)
+        finally:
+            connection.close()
+
+    saver = threading.Thread(target=save)
+    with store_connection(autocommit=False) as conn:
+        conn.execute("SELECT * FROM sequin_claim(%s, 1, 60000, NULL, 100, 1000000)", [consumer])
+        saver.start()
+        wait_until(lambda: fetch("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%FOR UPDATE'"), 10, "the edit to wait")
+    saver.join(10)
+    assert len(errors) == 1 and "1 are out" in str(errors[0])
+    assert Consumer.objects.get(pk=consumer).group_columns == []
 
 
 def _work_off(consumer: UUID, ack: Callable[[UUID, int], None]) -> None:
