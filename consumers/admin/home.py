@@ -46,8 +46,8 @@ def fill(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
         needs=_needs(sources + consumers),
         total=rates.get(EVERYTHING, NO_RATE),
         lag_s=max((source["lag_s"] for source in sources), default=0),
-        hour=charts.traffic(counters.series(EVERYTHING, minutes=60, step=1), step=1),
-        day=charts.traffic(counters.series(EVERYTHING, minutes=1440, step=10), step=10),
+        hour=charts.traffic(counters.series(EVERYTHING, minutes=60, step=1), now, step=1),
+        day=charts.traffic(counters.series(EVERYTHING, minutes=1440, step=10), now, step=10),
         steps=_steps(sources, consumers),
         not_counting=bool(sources) and not any((now - look.at).total_seconds() < STALE_S for look in looks.values()),
     )

@@ -30,7 +30,7 @@ RECOVERABLE = ("slot_missing", "slot_lost", "publication_missing")
 def show(request: HttpRequest, pk: UUID) -> HttpResponse:
     source = get_object_or_404(Source, pk=pk)
     return page(
-        request, "console/source.html", source.name, source=source, may_operate=request.user.has_perm(OPERATE_SOURCE),
+        request, "console/source.html", f"Source {source.name}", source=source, may_operate=request.user.has_perm(OPERATE_SOURCE),
         events=SourceEvent.objects.filter(source=pk)[:EVENTS_SHOWN], users=source.consumers.order_by("name")[:50], **_standing(source),
     )  # fmt: skip
 
@@ -100,8 +100,9 @@ def _do(source: Source, action: str) -> str:
 
 
 def _standing(source: Source) -> dict[str, Any]:
+    now = timezone.now()
     status = SourceStatus.objects.filter(pk=source.pk).first()
-    judged = health.sources(timezone.now(), only=source.pk)
+    judged = health.sources(now, only=source.pk)
     return {
         "judged": judged[0] if judged else None,
         "status": status,
@@ -109,6 +110,6 @@ def _standing(source: Source) -> dict[str, Any]:
         "is_recoverable": bool(status and status.state in RECOVERABLE),
         "rate": counters.rates().get(source.pk, Rate(0, 0, 0)),
         "look": counters.looks().get(source.pk),
-        "hour": charts.traffic(counters.series(source.pk, minutes=60, step=1), step=1, kinds=("captured",)),
-        "day": charts.traffic(counters.series(source.pk, minutes=1440, step=10), step=10, kinds=("captured",)),
+        "hour": charts.traffic(counters.series(source.pk, minutes=60, step=1), now, step=1, kinds=("captured",)),
+        "day": charts.traffic(counters.series(source.pk, minutes=1440, step=10), now, step=10, kinds=("captured",)),
     }
