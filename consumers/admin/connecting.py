@@ -114,8 +114,11 @@ def add(request: HttpRequest) -> HttpResponse:
 @posted
 @needs(ADD_SOURCE)
 def check(request: HttpRequest) -> HttpResponse:
-    """What is right and wrong with what was typed so far, and the tables there are."""
-    form = ConnectForm(request.POST)
+    """What is right and wrong with what was typed so far, and the tables there are. A name may still be missing."""
+    given = request.POST.copy()
+    given.setdefault("name", "")
+    given["name"] = given["name"] or "source"
+    form = ConnectForm(given)
     source = _source_of(form)
     if source is None:
         return _answer(request, form)

@@ -7,6 +7,7 @@ import pytest
 from django.contrib.auth import get_user_model
 from django.test import Client
 
+from consumers.alert_models import AlertDestination
 from consumers.models import ApiToken, Consumer, HttpEndpoint, Source
 from consumers.store import claims, lifecycle
 from consumers.store.models import Message
@@ -44,6 +45,10 @@ def console() -> Client:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_page_opens(console: Client, log: Log, page: str) -> None:
+    canary = "whsec_" + "canary" * 6
+    Source.objects.update(password=canary)
+    HttpEndpoint.objects.create(name="e", url="https://example.com/", secret_headers={"authorization": canary}, signing_secret=canary)
+    AlertDestination.objects.create(name="d", kind="slack", url=f"https://example.com/{canary}", signing_secret=canary)
     consumer = log.consumer()
     log.append(log.row(1), log.row(2))
     claim = claims.claim(consumer, 1, lease_ms=1000)
@@ -52,6 +57,7 @@ def test_every_page_opens(console: Client, log: Log, page: str) -> None:
     answer = console.get(f"/admin/{page}")
     assert answer.status_code == 200
     assert "script-src 'self';" in answer["Content-Security-Policy"]
+    assert canary not in answer.content.decode()
 
 
 def test_nobody_gets_in_without_a_login() -> None:
