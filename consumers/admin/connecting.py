@@ -116,8 +116,7 @@ def add(request: HttpRequest) -> HttpResponse:
 def check(request: HttpRequest) -> HttpResponse:
     """What is right and wrong with what was typed so far, and the tables there are. A name may still be missing."""
     given = request.POST.copy()
-    given.setdefault("name", "")
-    given["name"] = given["name"] or "source"
+    given["name"] = request.POST.get("name") or "source"
     form = ConnectForm(given)
     source = _source_of(form)
     if source is None:
