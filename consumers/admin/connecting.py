@@ -16,9 +16,8 @@ from consumers import changes, source_setup
 from consumers.admin.pages import needs, page, posted
 from consumers.models import SSL_MODES, Source
 from consumers.preflight import Finding, findings
-from consumers.publishing import publish_tables
+from consumers.publishing import SetupRefused, publish_tables
 from consumers.source_connection import SourceUnreachable
-from consumers.source_setup import SetupRefused
 
 ADD_SOURCE = "consumers.add_source"
 FROM_URL = {"host": "host", "port": "port", "dbname": "database", "user": "username", "password": "password", "sslmode": "sslmode"}

@@ -11,12 +11,13 @@ from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
 from django.utils import timezone
 
-from consumers import changes, health, source_setup
+from consumers import audit, changes, health, source_setup
 from consumers.admin import charts
-from consumers.admin.pages import OPERATE_SOURCE, ask, is_confirmed, needs, page, posted
+from consumers.admin.pages import CONFIGURE_SOURCE, OPERATE_SOURCE, ask, is_confirmed, needs, page, posted
 from consumers.models import Source
 from consumers.preflight import findings
 from consumers.source_connection import SourceUnreachable
+from consumers.publishing import SetupRefused, publish_tables
 from consumers.store import counters, lifecycle
 from consumers.store.counters import Rate
 from consumers.store.models import SourceEvent, SourceStatus
@@ -52,10 +53,28 @@ def check(request: HttpRequest, pk: UUID) -> HttpResponse:
 @needs(VIEW_SOURCE)
 def tables(request: HttpRequest, pk: UUID) -> HttpResponse:
     source = get_object_or_404(Source, pk=pk)
+    may_publish = source.publication_created and request.user.has_perm(CONFIGURE_SOURCE)
     try:
-        return render(request, "console/source_tables.html", {"tables": source_setup.all_tables(source)})
+        found = source_setup.all_tables(source)
+        return render(request, "console/source_tables.html", {"source": source, "tables": found, "may_publish": may_publish})
     except SourceUnreachable as error:
         return render(request, "console/source_tables.html", {"problem": str(error)})
+
+
+@posted
+@needs(CONFIGURE_SOURCE)
+def publish(request: HttpRequest, pk: UUID) -> HttpResponse:
+    """Put the ticked tables into the publication, which is ours."""
+    source = get_object_or_404(Source, pk=pk)
+    chosen = request.POST.getlist("tables")
+    try:
+        if chosen:
+            publish_tables(source, chosen)
+            audit.record("publish", source, len(chosen), tables=chosen[:20])
+            messages.success(request, f"{', '.join(chosen[:5])}{' and more' if len(chosen) > 5 else ''}: changes are captured from now on.")
+    except (SetupRefused, SourceUnreachable) as error:
+        messages.error(request, str(error))
+    return redirect(reverse("admin:consumers_source_page", args=[pk]))
 
 
 @posted

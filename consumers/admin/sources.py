@@ -46,6 +46,7 @@ class SourceAdmin(ConfigurationAdmin):
             path("<uuid:pk>/numbers/", view(source_page.numbers), name="consumers_source_numbers"),
             path("<uuid:pk>/check/", view(source_page.check), name="consumers_source_check"),
             path("<uuid:pk>/tables/", view(source_page.tables), name="consumers_source_tables"),
+            path("<uuid:pk>/publish/", view(source_page.publish), name="consumers_source_publish"),
             path("<uuid:pk>/erase/", view(erasing.erase), name="consumers_source_erase"),
             path("<uuid:pk>/do/<slug:action>/", view(source_page.act), name="consumers_source_act"),
         ]

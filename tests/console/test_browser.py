@@ -1,6 +1,7 @@
 """The console in a browser: from nothing to a message, a broken endpoint found and mended; wide, narrow, light and dark."""
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,7 +182,10 @@ def test_nothing_that_strangers_write_becomes_markup(
     consumer = installation.call(
         "POST", "/api/consumers", {"name": "evil", "source": "shop", "kind": "push", "endpoint": "evil", "tables": [f"public.{EVIL_NAME}"]}
     )[1]
-    shop.execute(sql.SQL("INSERT INTO {} VALUES (7, %s)").format(sql.Identifier(EVIL_NAME)), [EVIL])
+    with shop.transaction():
+        annotations = json.dumps({"user": EVIL})
+        shop.execute("SELECT pg_logical_emit_message(true, 'sequin:transaction_annotations.set', %s)", [annotations])
+        shop.execute(sql.SQL("INSERT INTO {} VALUES (7, %s)").format(sql.Identifier(EVIL_NAME)), [EVIL])
     listed = wait_until(
         lambda: installation.call("GET", "/api/consumers/evil/messages?state=parked")[1]["data"], 30, "the push to fail"
     )  # fmt: skip
