@@ -171,6 +171,7 @@ UNFOLD = {
     "SITE_TITLE": "Sequin",
     "SITE_HEADER": "Sequin",
     "SITE_SYMBOL": "stream",
+    "SITE_URL": None,
     "SHOW_VIEW_ON_SITE": False,
     "SHOW_HISTORY": False,
     "LOGIN": {"form": "consumers.login.LoginForm"},

@@ -245,6 +245,13 @@ def test_the_keyboard_suffices(console: Console) -> None:
     for _ in range(4):
         page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent.trim()") == "Search"
+    page.set_viewport_size({"width": 390, "height": 800})
+    menu = page.get_by_role("button", name="Menu").locator("visible=true")
+    expect(page.get_by_role("link", name="Endpoints")).not_to_be_visible()
+    menu.focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("link", name="Endpoints")).to_be_visible()
+    page.set_viewport_size({"width": 1440, "height": 900})
     console.go("/admin/consumers/consumer/add/")
     page.locator("[data-editor=sql] .cm-content").focus()
     page.keyboard.type("status = 'paid'")
