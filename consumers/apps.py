@@ -4,7 +4,7 @@ from django.apps import AppConfig
 
 class ConsumersConfig(AppConfig):
     name = "consumers"
-    verbose_name = "Consumers"
+    verbose_name = "Sequin"
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:

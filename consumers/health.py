@@ -119,7 +119,7 @@ def _judge_consumer(
     if unfit:
         reasons.append(f"{unfit}{' or more' if unfit == 1000 else ''} of them lead rows that are held until its filter is saved anew: it does not fit their table")
     if dead:
-        reasons.append(f"{dead} dead letters")
+        reasons.append(f"{dead} dead letter{'' if dead == 1 else 's'}")
     return Judged(name, "degraded" if reasons else "ok", reasons)
 
 

@@ -77,6 +77,7 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 USE_TZ = True
 TIME_ZONE = "UTC"
 LANGUAGE_CODE = "en"
+FORMAT_MODULE_PATH = ["sequinapp.formats"]
 STATIC_URL = "static/"
 WHITENOISE_USE_FINDERS = True
 WHITENOISE_AUTOREFRESH = False
@@ -170,6 +171,7 @@ UNFOLD = {
     "SITE_TITLE": "Sequin",
     "SITE_HEADER": "Sequin",
     "SITE_SYMBOL": "stream",
+    "SITE_URL": None,
     "SHOW_VIEW_ON_SITE": False,
     "SHOW_HISTORY": False,
     "LOGIN": {"form": "consumers.login.LoginForm"},

@@ -13,7 +13,7 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect
 from django.urls import URLPattern, path, reverse
 from unfold.decorators import action, display
-from unfold.widgets import UnfoldAdminPasswordWidget
+from unfold.widgets import UnfoldAdminCheckboxSelectMultipleWidget, UnfoldAdminPasswordWidget, UnfoldAdminTextInputWidget
 
 from consumers import audit, outbound
 from consumers.admin.auditing import Audited
@@ -22,6 +22,7 @@ from consumers.admin.log import ReadOnlyAdmin
 from consumers.admin.pages import ask, needs, posted
 from consumers.alert_models import AlertDestination, AlertEpisode, AlertRule
 from consumers.templatetags.console import pill
+from consumers.words import duration, readable_bytes
 
 CHANGE = "consumers.change_alertdestination"
 TIMEOUT_S = 10.0
@@ -49,11 +50,13 @@ class RuleAdmin(Audited):
 
     @display(description="Threshold")
     def above(self, rule: AlertRule) -> str:
-        return "–" if rule.threshold is None else f"{rule.threshold:,.0f} {rule.unit}"
+        if rule.threshold is None:
+            return "–"
+        return readable_bytes(rule.threshold) if rule.unit == "bytes" else f"{rule.threshold:,.0f} {rule.unit}"
 
     @display(description="For")
     def lasting(self, rule: AlertRule) -> str:
-        return f"{rule.after_s} s"
+        return duration(rule.after_s)
 
     @display(description="Firing now")
     def firing(self, rule: AlertRule) -> str:
@@ -69,6 +72,7 @@ class DestinationForm(forms.ModelForm):  # type: ignore[type-arg]
     class Meta:
         model = AlertDestination
         fields = ["name", "kind", "url", "signing_secret", "addresses", "rules", "enabled"]
+        widgets = {"addresses": UnfoldAdminTextInputWidget(), "rules": UnfoldAdminCheckboxSelectMultipleWidget()}
 
     def clean_url(self) -> str:
         return self.cleaned_data["url"] or self.instance.url
@@ -81,7 +85,6 @@ class DestinationForm(forms.ModelForm):  # type: ignore[type-arg]
 class DestinationAdmin(Audited):
     form = DestinationForm
     list_display = ("name", "kind", "where", "enabled")
-    filter_horizontal = ("rules",)
     actions_detail = ("test_alert",)
 
     def get_urls(self) -> list[URLPattern]:

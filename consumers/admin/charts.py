@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import NamedTuple
 
 from consumers.store.counters import Bin
@@ -36,9 +37,12 @@ class Chart(NamedTuple):
     empty: bool
 
 
-def traffic(bins: Sequence[Bin], *, step: int, kinds: Sequence[str] = ("captured", "delivered", "failed")) -> Chart:
-    """Messages a minute, over bins of `step` minutes."""
-    values = {kind: [getattr(one, kind) / step for one in bins] for kind in kinds}
+def traffic(bins: Sequence[Bin], now: datetime, *, step: int, kinds: Sequence[str] = ("captured", "delivered", "failed")) -> Chart:
+    """Messages a minute, over bins of `step` minutes. A minute that is not over would look like a fall: it is left out."""
+    minutes = [step] * (len(bins) - 1) + [min(step, max(1, int((now - bins[-1].at).total_seconds() // 60)))] if bins else []
+    if step == 1:
+        bins, minutes = bins[:-1], minutes[:-1]
+    values = {kind: [getattr(one, kind) / size for one, size in zip(bins, minutes, strict=True)] for kind in kinds}
     top = nice_top(max((max(line) for line in values.values() if line), default=0))
     lines = [Line(kind, kind, *_path(values[kind], top)) for kind in kinds]
     columns = [

@@ -51,7 +51,7 @@ class ConfigurationAdmin(ModelAdmin):  # type: ignore[misc]
 
     @display(description="Name", ordering="name")
     def linked(self, thing: Any) -> str:
-        return format_html('<a href="{}">{}</a>', reverse(self.page_name, args=[thing.pk]), thing.name)
+        return format_html('<a class="sq-link" href="{}">{}</a>', reverse(self.page_name, args=[thing.pk]), thing.name)
 
     def set_status(self, request: HttpRequest, chosen: Any, status: str) -> None:
         """Change the status of each; what cannot be is said, the rest is done."""

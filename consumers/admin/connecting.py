@@ -16,9 +16,8 @@ from consumers import changes, source_setup
 from consumers.admin.pages import needs, page, posted
 from consumers.models import SSL_MODES, Source
 from consumers.preflight import Finding, findings
-from consumers.publishing import publish_tables
+from consumers.publishing import SetupRefused, publish_tables
 from consumers.source_connection import SourceUnreachable
-from consumers.source_setup import SetupRefused
 
 ADD_SOURCE = "consumers.add_source"
 FROM_URL = {"host": "host", "port": "port", "dbname": "database", "user": "username", "password": "password", "sslmode": "sslmode"}
@@ -114,8 +113,10 @@ def add(request: HttpRequest) -> HttpResponse:
 @posted
 @needs(ADD_SOURCE)
 def check(request: HttpRequest) -> HttpResponse:
-    """What is right and wrong with what was typed so far, and the tables there are."""
-    form = ConnectForm(request.POST)
+    """What is right and wrong with what was typed so far, and the tables there are. A name may still be missing."""
+    given = request.POST.copy()
+    given["name"] = request.POST.get("name") or "source"
+    form = ConnectForm(given)
     source = _source_of(form)
     if source is None:
         return _answer(request, form)

@@ -44,7 +44,7 @@ def show(request: HttpRequest, pk: UUID) -> HttpResponse:
         context["columns"] = _columns(consumer)
     else:
         context.update(_listed(request, consumer))
-    return page(request, "console/consumer.html", consumer.name, may_operate=request.user.has_perm(OPERATE), **context)
+    return page(request, "console/consumer.html", f"Consumer {consumer.name}", may_operate=request.user.has_perm(OPERATE), **context)
 
 
 @needs(VIEW)
@@ -128,6 +128,7 @@ def _count(consumer_id: UUID, ids: list[int], state: str | None) -> int:
 
 
 def _standing(consumer: Consumer) -> dict[str, Any]:
+    now = lifecycle.clock()
     judged = health.consumers(only=consumer.pk)
     position = ConsumerPosition.objects.filter(pk=consumer.pk).first()
     return {
@@ -135,8 +136,8 @@ def _standing(consumer: Consumer) -> dict[str, Any]:
         "position": position,
         "rate": counters.rates().get(consumer.pk, Rate(0, 0, 0)),
         "look": counters.looks().get(consumer.pk),
-        "hour": charts.traffic(counters.series(consumer.pk, minutes=60, step=1), step=1, kinds=("delivered", "failed", "filtered")),
-        "day": charts.traffic(counters.series(consumer.pk, minutes=1440, step=10), step=10, kinds=("delivered", "failed", "filtered")),
+        "hour": charts.traffic(counters.series(consumer.pk, minutes=60, step=1), now, step=1, kinds=("delivered", "failed", "filtered")),
+        "day": charts.traffic(counters.series(consumer.pk, minutes=1440, step=10), now, step=10, kinds=("delivered", "failed", "filtered")),
     }  # fmt: skip
 
 

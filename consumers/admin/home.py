@@ -11,7 +11,7 @@ from django.utils import timezone
 from consumers import health
 from consumers.admin import charts
 from consumers.models import Consumer, Source
-from consumers.store import counters
+from consumers.store import counters, lifecycle
 from consumers.store.counters import EVERYTHING, Look, Rate
 from consumers.store.models import ConsumerPosition, SourceStatus
 
@@ -46,8 +46,8 @@ def fill(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
         needs=_needs(sources + consumers),
         total=rates.get(EVERYTHING, NO_RATE),
         lag_s=max((source["lag_s"] for source in sources), default=0),
-        hour=charts.traffic(counters.series(EVERYTHING, minutes=60, step=1), step=1),
-        day=charts.traffic(counters.series(EVERYTHING, minutes=1440, step=10), step=10),
+        hour=charts.traffic(counters.series(EVERYTHING, minutes=60, step=1), now, step=1),
+        day=charts.traffic(counters.series(EVERYTHING, minutes=1440, step=10), now, step=10),
         steps=_steps(sources, consumers),
         not_counting=bool(sources) and not any((now - look.at).total_seconds() < STALE_S for look in looks.values()),
     )
@@ -121,9 +121,10 @@ def _steps(sources: list[dict[str, Any]], consumers: list[dict[str, Any]]) -> li
     if any(consumer["delivered"] for consumer in consumers):
         return None
     first = consumers[0] if consumers else None
-    done = [bool(sources), bool(consumers), False]
+    done = [bool(sources), bool(sources) and (bool(consumers) or lifecycle.publishes_tables()), bool(consumers), False]
     texts = [
         ("Connect a database", "Its URL, and a check that says what is missing.", reverse("admin:consumers_source_add")),
+        ("Pick tables", "Those whose changes are to be kept.", f"{sources[0]['url']}#tables" if sources else ""),
         ("Add a consumer", "Which tables, and where their changes go.", reverse("admin:consumers_consumer_add")),
         ("See a message", "Change a row and watch it arrive.", first["url"] + "?tab=code" if first else ""),
     ]

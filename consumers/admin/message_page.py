@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -60,7 +61,7 @@ def show(request: HttpRequest, pk: UUID, message_id: int) -> HttpResponse:
         **happened, payload=json_text.pretty(payload), tried=tried,
         made=json_text.pretty(tried.payload.decode()) if tried and consumer.transform and tried.payload else "",
         differences=json_text.differences(message.record, message.changes) if message.record.startswith("{") else [],
-        lsn=f"{message.commit_lsn >> 32:X}/{message.commit_lsn & 0xFFFFFFFF:X}",
+        committed=message.committed_at.replace("T", " ").replace("Z", " UTC"), lsn=f"{message.commit_lsn >> 32:X}/{message.commit_lsn & 0xFFFFFFFF:X}",
         key=", ".join(json.loads(message.key)) or "–", idempotency_key=idempotency_key(message),
         curl=_curl(consumer, message, tried.payload.decode() if tried and tried.payload else payload) if consumer.endpoint else "",
         may_operate=request.user.has_perm(OPERATE), is_stuck=standing.state in ("retry", "blocked", "error", "dead"),
@@ -108,7 +109,8 @@ def _message(consumer: Consumer, message_id: int) -> ListedMessage:
 
 def _history(consumer: Consumer, message: ListedMessage, standing: Standing, attempts: list[Attempt]) -> list[Step]:
     """From the commit on the source to where it stands now, oldest first."""
-    steps = [Step("info", "Committed on the source and kept in the log", message.committed_at)]
+    committed = datetime.fromisoformat(message.committed_at)
+    steps = [Step("info", "Committed on the source and kept in the log", committed)]
     for attempt in attempts:
         title = f"Attempt {attempt.deliver_count}: " + (
             f"answered {attempt.status}" if attempt.ok else attempt.error or f"answered {attempt.status}"

@@ -10,12 +10,13 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
 
-from consumers import changes, health, source_setup
+from consumers import audit, changes, health, source_setup
 from consumers.admin import charts
-from consumers.admin.pages import OPERATE_SOURCE, ask, is_confirmed, needs, page, posted
+from consumers.admin.pages import CONFIGURE_SOURCE, OPERATE_SOURCE, ask, is_confirmed, needs, page, posted
 from consumers.models import Source
 from consumers.preflight import findings
 from consumers.source_connection import SourceUnreachable
+from consumers.publishing import SetupRefused, publish_tables
 from consumers.store import counters, lifecycle
 from consumers.store.counters import Rate
 from consumers.store.models import SourceEvent, SourceStatus
@@ -29,7 +30,7 @@ RECOVERABLE = ("slot_missing", "slot_lost", "publication_missing")
 def show(request: HttpRequest, pk: UUID) -> HttpResponse:
     source = get_object_or_404(Source, pk=pk)
     return page(
-        request, "console/source.html", source.name, source=source, may_operate=request.user.has_perm(OPERATE_SOURCE),
+        request, "console/source.html", f"Source {source.name}", source=source, may_operate=request.user.has_perm(OPERATE_SOURCE),
         events=SourceEvent.objects.filter(source=pk)[:EVENTS_SHOWN], users=source.consumers.order_by("name")[:50], **_standing(source),
     )  # fmt: skip
 
@@ -51,10 +52,28 @@ def check(request: HttpRequest, pk: UUID) -> HttpResponse:
 @needs(VIEW_SOURCE)
 def tables(request: HttpRequest, pk: UUID) -> HttpResponse:
     source = get_object_or_404(Source, pk=pk)
+    may_publish = source.publication_created and request.user.has_perm(CONFIGURE_SOURCE)
     try:
-        return render(request, "console/source_tables.html", {"tables": source_setup.all_tables(source)})
+        found = source_setup.all_tables(source)
+        return render(request, "console/source_tables.html", {"source": source, "tables": found, "may_publish": may_publish})
     except SourceUnreachable as error:
         return render(request, "console/source_tables.html", {"problem": str(error)})
+
+
+@posted
+@needs(CONFIGURE_SOURCE)
+def publish(request: HttpRequest, pk: UUID) -> HttpResponse:
+    """Put the ticked tables into the publication, which is ours."""
+    source = get_object_or_404(Source, pk=pk)
+    chosen = request.POST.getlist("tables")
+    try:
+        if chosen:
+            publish_tables(source, chosen)
+            audit.record("publish", source, len(chosen), tables=chosen[:20])
+            messages.success(request, f"{', '.join(chosen[:5])}{' and more' if len(chosen) > 5 else ''}: changes are captured from now on.")
+    except (SetupRefused, SourceUnreachable) as error:
+        messages.error(request, str(error))
+    return redirect(reverse("admin:consumers_source_page", args=[pk]))
 
 
 @posted
@@ -99,6 +118,7 @@ def _do(source: Source, action: str) -> str:
 
 
 def _standing(source: Source) -> dict[str, Any]:
+    now = lifecycle.clock()
     status = SourceStatus.objects.filter(pk=source.pk).first()
     judged = health.sources(only=source.pk)
     return {
@@ -108,6 +128,6 @@ def _standing(source: Source) -> dict[str, Any]:
         "is_recoverable": bool(status and status.state in RECOVERABLE),
         "rate": counters.rates().get(source.pk, Rate(0, 0, 0)),
         "look": counters.looks().get(source.pk),
-        "hour": charts.traffic(counters.series(source.pk, minutes=60, step=1), step=1, kinds=("captured",)),
-        "day": charts.traffic(counters.series(source.pk, minutes=1440, step=10), step=10, kinds=("captured",)),
+        "hour": charts.traffic(counters.series(source.pk, minutes=60, step=1), now, step=1, kinds=("captured",)),
+        "day": charts.traffic(counters.series(source.pk, minutes=1440, step=10), now, step=10, kinds=("captured",)),
     }

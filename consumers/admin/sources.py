@@ -4,17 +4,20 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import admin, messages
-from django.core.exceptions import ValidationError
+from django.core.exceptions import PermissionDenied, ValidationError
 from django.http import HttpRequest, HttpResponse
-from django.urls import URLPattern, path
+from django.shortcuts import get_object_or_404, redirect
+from django.urls import URLPattern, path, reverse
 from unfold.decorators import display
 
 from consumers import changes, health
 from consumers.admin import connecting, erasing, source_page
 from consumers.admin.configuration import ConfigurationAdmin
 from consumers.admin.forms import SourceForm
+from consumers.admin.pages import page
 from consumers.words import readable_bytes
 from consumers.models import Source
+from consumers.store import counters
 from consumers.store.models import SourceStatus
 from consumers.templatetags.console import pill
 
@@ -42,6 +45,7 @@ class SourceAdmin(ConfigurationAdmin):
             path("<uuid:pk>/numbers/", view(source_page.numbers), name="consumers_source_numbers"),
             path("<uuid:pk>/check/", view(source_page.check), name="consumers_source_check"),
             path("<uuid:pk>/tables/", view(source_page.tables), name="consumers_source_tables"),
+            path("<uuid:pk>/publish/", view(source_page.publish), name="consumers_source_publish"),
             path("<uuid:pk>/erase/", view(erasing.erase), name="consumers_source_erase"),
             path("<uuid:pk>/do/<slug:action>/", view(source_page.act), name="consumers_source_act"),
         ]
@@ -49,6 +53,29 @@ class SourceAdmin(ConfigurationAdmin):
 
     def add_view(self, request: HttpRequest, form_url: str = "", extra_context: Any = None) -> HttpResponse:
         return connecting.add(request)
+
+    def delete_view(self, request: HttpRequest, object_id: str, extra_context: Any = None) -> HttpResponse:
+        """Asks whether slot and publication go along, where we made them: left alone, a slot fills the source's disk."""
+        source = get_object_or_404(Source, pk=object_id)
+        back = reverse(self.page_name, args=[source.pk])
+        if not self.has_delete_permission(request, source):
+            raise PermissionDenied
+        users = list(source.consumers.order_by("name").values_list("name", flat=True)[:20])
+        if users:
+            self.message_user(request, f"{source.name} is used by {', '.join(users)}: delete these first", messages.ERROR)
+            return redirect(back)
+        if request.method != "POST":
+            stored = counters.totals().get(source.pk)
+            return page(
+                request, "console/delete_source.html", "Delete a source", source=source, back=back, messages=stored.captured if stored else 0
+            )
+        try:
+            changes.delete(source, drop_replication=request.POST.get("drop") == "1")
+        except changes.InUse as error:
+            self.message_user(request, str(error), messages.ERROR)
+            return redirect(back)
+        self.message_user(request, f"{source.name} is deleted.", messages.SUCCESS)
+        return redirect("admin:consumers_source_changelist")
 
     def has_operate_permission(self, request: HttpRequest) -> bool:
         return request.user.has_perm("consumers.operate_source")

@@ -4,13 +4,15 @@ from __future__ import annotations
 from typing import Any
 
 from django import forms
-from django.contrib import admin, messages
-from django.http import HttpRequest
+from django.contrib import admin
+from django.http import HttpRequest, HttpResponse
+from django.urls import reverse
 from django.utils import timezone
 from unfold.decorators import display
 
 from consumers import audit
 from consumers.admin.auditing import Audited
+from consumers.admin.pages import page
 from consumers.models import ApiToken
 from consumers.templatetags.console import pill
 from consumers.tokens import new_secret
@@ -31,11 +33,16 @@ class ApiTokenAdmin(Audited):
     filter_horizontal = ("consumers",)
     actions = ("revoke",)
 
-    def save_model(self, request: HttpRequest, obj: ApiToken, form: Any, change: bool) -> None:
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
         if not change:
-            plain, obj.token_hash, obj.prefix = new_secret()
-            self.message_user(request, f"The token, shown only now: {plain}", messages.WARNING)
+            obj.plain, obj.token_hash, obj.prefix = new_secret()
         super().save_model(request, obj, form, change)
+
+    def response_add(self, request: HttpRequest, obj: Any, post_url_continue: str | None = None) -> HttpResponse:
+        """The token stands in this answer and nowhere else, no cookie and no session."""
+        about = f"Whoever has this token may do what its scope, {obj.scope}, allows: Authorization: Bearer TOKEN."
+        back = reverse("admin:consumers_apitoken_changelist")
+        return page(request, "console/shown_once.html", f"Token {obj.name}", secret=obj.plain, about=about, back=back)
 
     @display(description="State")
     def state(self, token: ApiToken) -> str:

@@ -5,13 +5,13 @@ from typing import Any
 
 from django.contrib.auth.views import redirect_to_login
 from django.http import HttpRequest, HttpResponse
-from django.shortcuts import render
 from django.urls import reverse
 from drf_spectacular.extensions import OpenApiAuthenticationExtension
 from drf_spectacular.generators import SchemaGenerator
 from drf_spectacular.views import SpectacularAPIView
 from rest_framework.authentication import SessionAuthentication
 
+from consumers.admin.pages import page
 from consumers.tokens import ConsoleOrToken, TokenAuthentication
 
 METHODS = ("get", "post", "patch", "delete")
@@ -43,7 +43,7 @@ def docs(request: HttpRequest) -> HttpResponse:
         for method, operation in operations.items()
         if method in METHODS
     ]
-    return render(request, "consumers/api_docs.html", {"info": document["info"], "calls": calls})
+    return page(request, "consumers/api_docs.html", "API", info=document["info"], calls=calls)
 
 
 def _call(operation: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:

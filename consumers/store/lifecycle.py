@@ -194,6 +194,12 @@ def gap(source_id: UUID) -> str | None:
     return rows[0][0] if rows else None
 
 
+def publishes_tables() -> bool:
+    """Whether capture has seen a published table at any source."""
+    rows = _fetch("SELECT EXISTS (SELECT FROM source_tables WHERE jsonb_array_length(coalesce(tables -> 'published', '[]')) > 0)")
+    return bool(rows[0][0])
+
+
 def acknowledge_gap(source_id: UUID) -> bool:
     """Somebody knows about the gap of this source. False: there is none."""
     return bool(

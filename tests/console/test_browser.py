@@ -1,6 +1,7 @@
 """The console in a browser: from nothing to a message, a broken endpoint found and mended; wide, narrow, light and dark."""
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,7 +182,10 @@ def test_nothing_that_strangers_write_becomes_markup(
     consumer = installation.call(
         "POST", "/api/consumers", {"name": "evil", "source": "shop", "kind": "push", "endpoint": "evil", "tables": [f"public.{EVIL_NAME}"]}
     )[1]
-    shop.execute(sql.SQL("INSERT INTO {} VALUES (7, %s)").format(sql.Identifier(EVIL_NAME)), [EVIL])
+    with shop.transaction():
+        annotations = json.dumps({"user": EVIL})
+        shop.execute("SELECT pg_logical_emit_message(true, 'sequin:transaction_annotations.set', %s)", [annotations])
+        shop.execute(sql.SQL("INSERT INTO {} VALUES (7, %s)").format(sql.Identifier(EVIL_NAME)), [EVIL])
     listed = wait_until(
         lambda: installation.call("GET", "/api/consumers/evil/messages?state=parked")[1]["data"], 30, "the push to fail"
     )  # fmt: skip
@@ -241,6 +245,13 @@ def test_the_keyboard_suffices(console: Console) -> None:
     for _ in range(4):
         page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent.trim()") == "Search"
+    page.set_viewport_size({"width": 390, "height": 800})
+    menu = page.get_by_role("button", name="Menu").locator("visible=true")
+    expect(page.get_by_role("link", name="Endpoints")).not_to_be_visible()
+    menu.focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("link", name="Endpoints")).to_be_visible()
+    page.set_viewport_size({"width": 1440, "height": 900})
     console.go("/admin/consumers/consumer/add/")
     page.locator("[data-editor=sql] .cm-content").focus()
     page.keyboard.type("status = 'paid'")

@@ -7,6 +7,7 @@ import pytest
 from django.contrib.auth import get_user_model
 from django.test import Client
 
+from consumers.alert_models import AlertDestination
 from consumers.models import ApiToken, Consumer, HttpEndpoint, Source
 from consumers.store import claims, lifecycle
 from consumers.store.models import Message
@@ -44,6 +45,10 @@ def console() -> Client:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_page_opens(console: Client, log: Log, page: str) -> None:
+    canary = "whsec_" + "canary" * 6
+    Source.objects.update(password=canary)
+    HttpEndpoint.objects.create(name="e", url="https://example.com/", secret_headers={"authorization": canary}, signing_secret=canary)
+    AlertDestination.objects.create(name="d", kind="slack", url=f"https://example.com/{canary}", signing_secret=canary)
     consumer = log.consumer()
     log.append(log.row(1), log.row(2))
     claim = claims.claim(consumer, 1, lease_ms=1000)
@@ -52,6 +57,7 @@ def test_every_page_opens(console: Client, log: Log, page: str) -> None:
     answer = console.get(f"/admin/{page}")
     assert answer.status_code == 200
     assert "script-src 'self';" in answer["Content-Security-Policy"]
+    assert canary not in answer.content.decode()
 
 
 def test_nobody_gets_in_without_a_login() -> None:
@@ -165,8 +171,8 @@ def test_dead_letters_are_tried_again_or_dropped(console: Client, log: Log) -> N
 
 
 def test_a_token_is_shown_once_and_can_be_revoked(console: Client) -> None:
-    page = console.post("/admin/consumers/apitoken/add/", {"name": "t", "scope": "pull"}, follow=True).content.decode()
-    assert "sqn_" in page
+    answer = console.post("/admin/consumers/apitoken/add/", {"name": "t", "scope": "pull"})
+    assert "sqn_" in answer.content.decode() and "sqn_" not in str(answer.cookies) + str(dict(console.session))
     token = ApiToken.objects.get(name="t")
     html = console.get(f"/admin/consumers/apitoken/{token.pk}/change/").content.decode()
     assert token.token_hash not in html
@@ -178,7 +184,17 @@ def test_a_token_is_shown_once_and_can_be_revoked(console: Client) -> None:
 def test_deleting_a_source_in_use_says_by_whom(console: Client, log: Log) -> None:
     log.consumer()
     answer = console.post(f"/admin/consumers/source/{log.source.pk}/delete/", {"post": "yes"}, follow=True)
-    assert Source.objects.filter(pk=log.source.pk).exists() and answer.status_code == 200
+    assert Source.objects.filter(pk=log.source.pk).exists() and "delete these first" in answer.content.decode()
+
+
+def test_deleting_a_source_takes_its_slot_along_when_asked(console: Client, make_source: Any, source_database: Any) -> None:
+    source_database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    source = make_source()
+    url = f"/admin/consumers/source/{source.pk}/delete/"
+    assert source.slot_name in console.get(url).content.decode() and Source.objects.exists()
+    console.post(url, {"drop": "1"})
+    assert not Source.objects.exists()
+    assert source_database.execute("SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", [source.slot_name]) == [(0,)]
 
 
 def test_check_events_and_recover_in_the_console(console: Client, make_source: Any, source_database: Any) -> None:

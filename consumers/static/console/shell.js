@@ -27,6 +27,24 @@ function shell() {
   };
 }
 
+/* unfold's menu, user and theme switches are spans: by keyboard they become buttons. */
+function makeOperable() {
+  const names = { dock_to_right: "Menu", more_horiz: "More" };
+  for (const element of document.querySelectorAll("span[x-on\\:click], div[x-on\\:click], a[x-on\\:click]:not([href])")) {
+    if (element.closest("[role=button]")) continue;
+    element.tabIndex = 0;
+    element.setAttribute("role", "button");
+    const name = names[element.textContent.trim()];
+    if (name) element.setAttribute("aria-label", name);
+  }
+}
+document.addEventListener("keydown", (event) => {
+  if ((event.key === "Enter" || event.key === " ") && event.target.matches("[role=button]:not(button)")) {
+    event.preventDefault();
+    event.target.click();
+  }
+});
+
 document.addEventListener("alpine:init", () => {
   document.body.setAttribute("x-data", "shell");
   document.body.removeAttribute("x-init");
@@ -37,6 +55,7 @@ document.addEventListener("alpine:init", () => {
       if (known) attribute.value = known;
     }
   }
+  makeOperable();
   Alpine.data("shell", shell);
   Alpine.data("theme", theme);
   Alpine.data("searchForm", searchForm);
