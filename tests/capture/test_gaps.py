@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from django.core.exceptions import ValidationError
 from django.db import connection
-from django.utils import timezone
 
 from capture.reading import Reading
 from consumers import changes
 from consumers.models import Consumer, Source
 from consumers.store import lifecycle
-from delivery.health import sources
+from consumers.health import sources
 from tests.capture.test_servers import source_on
 from tests.capture.world import ForkedReader, await_messages, gap, logged, read_until, reading
 from tests.cluster import Cluster
@@ -296,7 +295,7 @@ def test_a_paused_source_is_watched(source: Source, source_database: SourceDatab
     changes.save(source)
     monkeypatch.setattr("capture.surroundings.RETAINED_ALARM_BYTES", 1_000_000)
     with living(source):
-        judged = lambda: sources(timezone.now())[0]  # noqa: E731
+        judged = lambda: sources()[0]  # noqa: E731
         wait_until(lambda: judged().reasons, 20, "the pause to be judged")
         assert judged().status == "paused" and "keeps WAL" in judged().reasons[0]
         source_database.execute("SELECT pg_logical_emit_message(false, 'x', repeat('x', 3000000))")
