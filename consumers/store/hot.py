@@ -1,9 +1,9 @@
 """Keep the hot tables small while an old snapshot keeps vacuum from cleaning them.
 
-A dump, a report or a forgotten transaction that stays open holds every version of a row that was ever updated since, and each
-claim has to pass them all on its way to the living one. These tables hold little, so they are emptied and filled again:
-what TRUNCATE frees is free whatever snapshots there are. It waits for nobody: where somebody holds the tables themselves,
-as a dump does, it tries again later.
+A dump, a report or a forgotten transaction that stays open holds every version of a row that was ever updated since. Claims
+find the newest first (see consumer_position), but the room is taken, and what reads the others has to pass them all. These
+tables hold little, so they are emptied and filled again: what TRUNCATE frees is free whatever snapshots there are. It waits
+for nobody: where somebody holds the tables themselves, as a dump does, it tries again later.
 """
 from __future__ import annotations
 
@@ -21,11 +21,9 @@ log = logging.getLogger(__name__)
 
 Connection = psycopg.Connection[Any]
 
-# Rewritten together. Everything that hands out or settles messages locks a row of the first one first.
-GROUPS = (("consumer_position", "leases", "parked"), ("capture_progress",), ("turns",), ("heartbeats",))
-LARGE_BYTES = 512 * 1024  # smaller ones are left alone
+KIB, MIB = 1024, 1024 * 1024
 DEAD_SHARE = 4  # rewritten when they take more than so many times what they hold
-MOST_BYTES = 16 * 1024 * 1024  # held by living rows: more than that is not rewritten, it would take too long
+MOST_BYTES = 16 * MIB  # held by living rows: more than that is not rewritten, it would take too long
 OLD_SNAPSHOT_XIDS = 500  # a snapshot that so many transactions have passed
 LOCK_WAIT_MS = 50  # so long claims queue behind an attempt in vain
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 120.0
@@ -53,22 +51,38 @@ def keep_small(stopping: threading.Event) -> None:
             stopping.wait(RECONNECT_S)
 
 
+class Group(NamedTuple):
+    """Tables that are rewritten together, those that take more than `large_bytes`."""
+
+    tables: tuple[str, ...]
+    large_bytes: int
+
+
 class Size(NamedTuple):
     taken: int
     living: int
+
+
+GROUPS = (
+    # Everything that hands out or settles messages locks a row of the first one first, so no call sees them half way.
+    Group(("consumer_position", "leases", "parked"), 8 * MIB),
+    Group(("capture_progress",), 512 * KIB),
+    Group(("turns",), 512 * KIB),
+    Group(("heartbeats",), 512 * KIB),
+)
 
 
 class HotTables:
     """One for each process that looks after them; `look` is called every second or so."""
 
     def __init__(self) -> None:
-        self._not_before: dict[tuple[str, ...], float] = {}
-        self._pause: dict[tuple[str, ...], float] = {}
+        self._not_before: dict[Group, float] = {}
+        self._pause: dict[Group, float] = {}
 
     def look(self, conn: Connection) -> list[str]:
         """Rewrite what has grown behind an old snapshot. `conn` must be in autocommit. Returns the tables rewritten."""
         now = time.monotonic()
-        grown = [group for group in GROUPS if self._not_before.get(group, 0.0) <= now and _taken(conn, group) > LARGE_BYTES]
+        grown = [group for group in GROUPS if self._not_before.get(group, 0.0) <= now and _taken(conn, group) > group.large_bytes]
         if not grown or not _is_held(conn):
             return []
         if not _first(conn, "SELECT pg_try_advisory_lock(%s)", [REWRITE_LOCK]):
@@ -78,7 +92,7 @@ class HotTables:
         finally:
             conn.execute("SELECT pg_advisory_unlock(%s)", [REWRITE_LOCK])
 
-    def _rewrite(self, conn: Connection, group: tuple[str, ...]) -> list[str]:
+    def _rewrite(self, conn: Connection, group: Group) -> list[str]:
         try:
             done = rewrite(conn, group)
         except psycopg.errors.LockNotAvailable:
@@ -91,15 +105,15 @@ class HotTables:
         return done
 
 
-def rewrite(conn: Connection, group: tuple[str, ...]) -> list[str]:
+def rewrite(conn: Connection, group: Group) -> list[str]:
     """Empty and fill again those tables of a group that hold little and take much. Raises LockNotAvailable."""
     with conn.transaction():
         conn.execute(f"SET LOCAL lock_timeout = {LOCK_WAIT_MS}")
-        conn.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.SQL(", ").join(map(sql.Identifier, group))))
+        conn.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.SQL(", ").join(map(sql.Identifier, group.tables))))
         done = []
-        for table in group:
+        for table in group.tables:
             size = _size(conn, table)
-            if size.taken > LARGE_BYTES and size.taken > DEAD_SHARE * size.living and size.living < MOST_BYTES:
+            if size.taken > group.large_bytes and size.taken > DEAD_SHARE * size.living and size.living < MOST_BYTES:
                 _refill(conn, sql.Identifier(table))
                 done.append(table)
                 log.debug("rewrote table=%s bytes=%s living=%s", table, size.taken, size.living)
@@ -115,8 +129,8 @@ def _refill(conn: Connection, table: sql.Identifier) -> None:
             into.write(rows)
 
 
-def _taken(conn: Connection, group: tuple[str, ...]) -> int:
-    return int(_first(conn, "SELECT max(pg_total_relation_size(t::regclass)) FROM unnest(%s::text[]) t", [list(group)]))
+def _taken(conn: Connection, group: Group) -> int:
+    return int(_first(conn, "SELECT max(pg_total_relation_size(t::regclass)) FROM unnest(%s::text[]) t", [list(group.tables)]))
 
 
 def _size(conn: Connection, table: str) -> Size:

@@ -42,7 +42,7 @@ def create_position(consumer_id: UUID, source_id: UUID, start_lsn: int) -> None:
     _execute(
         "INSERT INTO consumer_position (consumer, source, position, start_lsn, start_epoch) VALUES (%(consumer)s,"
         " %(source)s, coalesce((SELECT max(id) FROM messages WHERE source = %(source)s), 0), %(lsn)s,"
-        " coalesce((SELECT epoch FROM capture_progress WHERE source = %(source)s), 1)) ON CONFLICT DO NOTHING",
+        " coalesce((SELECT epoch FROM capture_progress WHERE source = %(source)s), 1))",
         {"consumer": consumer_id, "source": source_id, "lsn": start_lsn},
     )
 

@@ -117,14 +117,18 @@ create index source_events_source on source_events (source, id);
 
 -- The consumers ------------------------------------------------------------------------------------------------
 
--- Hot row, apart from the configuration; locked by everything that hands out or settles messages.
+-- One hot row a consumer, apart from the configuration; locked by everything that hands out or settles messages. Under a
+-- snapshot that stays open all its versions stay too: the newest is found first, and claims and acks count them.
 create table consumer_position (
-    consumer     uuid primary key,
+    consumer     uuid    not null,
+    version      bigint  not null default 0,
     source       uuid    not null,
     position     bigint  not null,  -- the log has been taken up to this id
     start_lsn    bigint  not null,  -- nothing committed before it, in start_epoch, is this consumer's
     start_epoch  integer not null,
     out_count    integer not null default 0,   -- messages in leases
+    lease_floor  bigint  not null default 0,   -- none of its leases has a smaller id
+    is_full      boolean not null default false,  -- after the last claim max_ack_pending were out
     parked_count integer not null default 0,   -- messages parked, dead letters apart
     dead_count   integer not null default 0,
     acked_count  bigint  not null default 0,   -- for the metrics
@@ -138,10 +142,11 @@ create table consumer_position (
     took_seconds double precision   not null default 0,
     taken_at     timestamptz
 ) with (fillfactor = 50);
+create index consumer_position_newest on consumer_position (consumer, version);
 
 -- One row a claim, except that an extend of some of its messages splits it; the token stays.
 create table leases (
-    id       bigint generated always as identity primary key,
+    id       bigint generated always as identity,
     token    uuid        not null,
     consumer uuid        not null,
     source   uuid        not null,
@@ -150,10 +155,10 @@ create table leases (
     grps     bigint[]    not null,
     grp2s    bigint[]    not null,
     counts   integer[]   not null,  -- how often each has been handed out, this time included
-    holder   uuid
+    holder   uuid,
+    primary key (consumer, id)                -- read by claims, from the consumer's lease_floor on
 );
-create index leases_token on leases (token);            -- read by ack, nack, extend, renew
-create index leases_until on leases (consumer, until);  -- read by claims
+create index leases_token on leases (token);  -- read by ack, nack, extend, renew
 
 -- The exceptions: to be retried, blocked behind such a one, in error, or dead.
 create table parked (
@@ -273,9 +278,9 @@ returns bigint language sql immutable return (
 
 -- All groups that the consumer has out.
 create function sequin_groups_out(p_consumer uuid) returns setof bigint language sql stable as $$
-    select unnest(l.grps) from leases l where l.consumer = p_consumer
-    union all
-    select g from leases l, unnest(l.grp2s) g where l.consumer = p_consumer and g is not null
+    select g from leases l, unnest(l.grps || l.grp2s) g
+    where l.consumer = p_consumer and g is not null
+      and l.id >= (select p.lease_floor from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1)
 $$;
 
 -- Parked -------------------------------------------------------------------------------------------------------
@@ -428,14 +433,14 @@ begin
         where l.token = p_token and l.consumer = p_consumer
         group by l.id
     ), gone as (
-        delete from leases l using rest r where l.id = r.id and r.ids is null
+        delete from leases l using rest r where l.consumer = p_consumer and l.id = r.id and r.ids is null
     )
     update leases l set ids = r.ids, grps = r.grps, grp2s = r.grp2s, counts = r.counts
-    from rest r where l.id = r.id and r.ids is not null and r.ids <> l.ids;
+    from rest r where l.consumer = p_consumer and l.id = r.id and r.ids is not null and r.ids <> l.ids;
 end $$;
 
 -- Park what expired leases held; the tokens stay valid until the messages are handed out again.
-create function sequin_expire(p_consumer uuid, p_source uuid, p_max_deliver integer,
+create function sequin_expire(p_consumer uuid, p_source uuid, p_floor bigint, p_max_deliver integer,
                               out freed integer, out parked integer, out dead integer)
 language plpgsql set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 declare
@@ -445,8 +450,8 @@ declare
 begin
     freed := 0; parked := 0; dead := 0;
     for l in
-        select x.token, x.ids from leases x where x.consumer = p_consumer and x.until <= clock_timestamp()
-        order by x.until limit 200 for update
+        select x.token, x.ids from leases x where x.consumer = p_consumer and x.id >= p_floor and x.until <= clock_timestamp()
+        order by x.id limit 200 for update
     loop
         select * into g from sequin_give_back(
             p_consumer, p_source, l.token, p_max_deliver, true, true, l.ids, '{}', '{}',
@@ -561,6 +566,9 @@ declare
     t_grp2s      bigint[];
     t_stop       bigint;
     v_token      uuid;
+    v_lease      bigint;
+    v_floor      bigint;       -- the oldest lease
+    v_until      timestamptz;  -- when the first of them ends
     v_fit        integer;
     v_beyond     bigint[];
     v_version    timestamptz;  -- of the configuration
@@ -576,7 +584,7 @@ begin
     perform set_config('synchronous_commit', 'off', true),
             -- receivers wait here and not for the row: a row's lock is handed on in two waits
             pg_advisory_xact_lock(hashtextextended(p_consumer::text, 0));
-    select p.* into v_pos from consumer_position p where p.consumer = p_consumer for update;
+    select p.* into v_pos from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
     select c.status, c.tables, c.group_columns, c.max_ack_pending, c.max_deliver, c.max_per_group, c.max_parked,
            array(select case a when 'insert' then 'I' when 'update' then 'U' when 'delete' then 'D' when 'truncate' then 'T'
                         end::"char" from unnest(c.actions) a where c.stream = 'changes' or a in ('insert', 'update')),
@@ -601,9 +609,12 @@ begin
     end if;
 
     -- 1. Leases that ended.
-    if v_pos.out_count > 0
-       and exists (select from leases l where l.consumer = p_consumer and l.until <= v_now) then
-        select * into v_expired from sequin_expire(p_consumer, v_pos.source, v_max_deliver);
+    if v_pos.out_count > 0 then
+        select min(l.id), min(l.until) into v_floor, v_until
+          from leases l where l.consumer = p_consumer and l.id >= v_pos.lease_floor;
+    end if;
+    if v_until <= v_now then
+        select * into v_expired from sequin_expire(p_consumer, v_pos.source, v_pos.lease_floor, v_max_deliver);
         v_pos.out_count := v_pos.out_count - v_expired.freed;
         v_pos.parked_count := v_pos.parked_count + v_expired.parked;
         v_pos.dead_count := v_pos.dead_count + v_expired.dead;
@@ -876,20 +887,23 @@ begin
         v_token := gen_random_uuid();
         insert into leases (token, consumer, source, until, ids, grps, grp2s, counts, holder)
         values (v_token, p_consumer, v_pos.source, clock_timestamp() + p_lease_ms * interval '1 ms',
-                v_ids, v_grps, v_grp2s, v_counts, p_holder);
+                v_ids, v_grps, v_grp2s, v_counts, p_holder)
+        returning leases.id into v_lease;
     end if;
     if v_dropped <> '{}' then
         perform sequin_promote(p_consumer, array_remove(v_dropped, null));
     end if;
     update consumer_position p
-       set position = v_position, out_count = v_pos.out_count + cardinality(v_ids),
+       set version = v_pos.version + 1, position = v_position, out_count = v_pos.out_count + cardinality(v_ids),
+           lease_floor = coalesce(v_floor, v_lease, p.lease_floor), is_full = v_pos.out_count + cardinality(v_ids) >= v_max_out,
            parked_count = v_pos.parked_count + v_parked, dead_count = v_pos.dead_count,
            failed_count = v_pos.failed_count, taken_at = case when v_ids <> '{}' then v_now else p.taken_at end,
            filtered_count = p.filtered_count + sequin_passed(p_passed, v_pos.position, v_position),
            undecided_count = p.undecided_count + sequin_passed(p_undecided, v_pos.position, v_position)
-     where p.consumer = p_consumer
-       and (p.position, p.out_count, p.parked_count, p.dead_count) is distinct from
-           (v_position, v_pos.out_count + cardinality(v_ids), v_pos.parked_count + v_parked, v_pos.dead_count);
+     where p.consumer = p_consumer and p.version = v_pos.version
+       and (p.position, p.out_count, p.parked_count, p.dead_count, p.is_full) is distinct from
+           (v_position, v_pos.out_count + cardinality(v_ids), v_pos.parked_count + v_parked, v_pos.dead_count,
+            v_pos.out_count + cardinality(v_ids) >= v_max_out);
 
     if cardinality(v_ids) > 1 then
         -- What does not fit into one answer keeps its place. The length of a large value is known without reading it.
@@ -913,7 +927,7 @@ begin
     if v_ids = '{}' then
         at_end := v_end;
         select ceil(extract(epoch from least(
-                   (select min(l.until) from leases l where l.consumer = p_consumer),
+                   (select min(l.until) from leases l where l.consumer = p_consumer and l.id >= v_pos.lease_floor),
                    (select min(p.due_at) from parked p where p.consumer = p_consumer and p.due_at is not null and p.due_at < 'infinity'))
                    - clock_timestamp()) * 1000)
           into next_due_ms;
@@ -1007,7 +1021,7 @@ begin
     perform set_config('synchronous_commit', 'off', true),
             -- receivers wait here and not for the row: a row's lock is handed on in two waits
             pg_advisory_xact_lock(hashtextextended(p_consumer::text, 0));
-    select p.* into v_pos from consumer_position p where p.consumer = p_consumer for update;
+    select p.* into v_pos from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
     if v_pos.consumer is null then
         done := 0; stale := v_total;
         return;
@@ -1029,9 +1043,7 @@ begin
         returning l.token, cardinality(l.ids) as n, l.grps, l.grp2s
     )
     select coalesce(sum(g.n), 0), coalesce(array_agg(g.token), '{}'),
-           case when v_pos.parked_count > 0 then
-               coalesce((select array_agg(distinct y) from gone h, unnest(h.grps || h.grp2s) y where y is not null), '{}')
-           else '{}' end
+           coalesce((select array_agg(distinct y) from gone h, unnest(h.grps || h.grp2s) y where y is not null), '{}')
       into v_freed, v_whole, v_grps
       from gone g;
     end if;
@@ -1076,24 +1088,24 @@ begin
     v_weight := case when p_filtered then 0 when v_pos.acked_count < 1000 then 1 when random() < 0.125 then 8 else 0 end;
     if v_weight = 0 then
         update consumer_position p
-           set out_count = p.out_count - v_freed, parked_count = p.parked_count - v_late, dead_count = p.dead_count - v_dead,
-               acked_count = p.acked_count + case when p_filtered then 0 else done end,
+           set version = v_pos.version + 1, out_count = p.out_count - v_freed, parked_count = p.parked_count - v_late,
+               dead_count = p.dead_count - v_dead, acked_count = p.acked_count + case when p_filtered then 0 else done end,
                filtered_count = p.filtered_count + case when p_filtered then done else 0 end
-         where p.consumer = p_consumer;
+         where p.consumer = p_consumer and p.version = v_pos.version;
     else
         update consumer_position p
-           set out_count = p.out_count - v_freed, parked_count = p.parked_count - v_late, dead_count = p.dead_count - v_dead,
-               acked_count = p.acked_count + done,
+           set version = v_pos.version + 1, out_count = p.out_count - v_freed, parked_count = p.parked_count - v_late,
+               dead_count = p.dead_count - v_dead, acked_count = p.acked_count + done,
                took_buckets = case when t.buckets is null then p.took_buckets
                               else array(select a + b from unnest(p.took_buckets, t.buckets) with ordinality u(a, b, n) order by n) end,
                took_seconds = p.took_seconds + t.seconds
           from sequin_delivery_times(v_pos.source, p_ids, done * v_weight) t
-         where p.consumer = p_consumer;
+         where p.consumer = p_consumer and p.version = v_pos.version;
     end if;
     if v_pos.parked_count > v_late then
         v_due := sequin_promote(p_consumer, v_grps);
     end if;
-    if v_due > 0 or v_pos.out_count >= (select c.max_ack_pending from consumers_consumer c where c.id = p_consumer) then
+    if v_due > 0 or v_pos.is_full then
         perform pg_notify('sequin_consumer', p_consumer::text);
     end if;
 end $$;
@@ -1119,7 +1131,7 @@ begin
     perform set_config('synchronous_commit', 'off', true),
             -- receivers wait here and not for the row: a row's lock is handed on in two waits
             pg_advisory_xact_lock(hashtextextended(p_consumer::text, 0));
-    select p.* into v_pos from consumer_position p where p.consumer = p_consumer for update;
+    select p.* into v_pos from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
     done := 0; stale := cardinality(p_ids);
     if v_pos.consumer is null then
         return;
@@ -1156,9 +1168,9 @@ begin
     stale := stale - done;
     if v_freed > 0 then
         update consumer_position p
-           set out_count = p.out_count - v_freed, parked_count = p.parked_count + v_parked,
+           set version = v_pos.version + 1, out_count = p.out_count - v_freed, parked_count = p.parked_count + v_parked,
                dead_count = p.dead_count + v_dead, failed_count = p.failed_count + v_failed
-         where p.consumer = p_consumer;
+         where p.consumer = p_consumer and p.version = v_pos.version;
         perform sequin_promote(p_consumer, v_grps);
     end if;
     if done > 0 then
@@ -1184,7 +1196,7 @@ declare
     l        record;
 begin
     perform set_config('synchronous_commit', 'off', true);
-    select p.* into v_pos from consumer_position p where p.consumer = p_consumer for update;
+    select p.* into v_pos from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
     v_until := clock_timestamp() + p_wait_ms * interval '1 ms';
     done := 0;
     for r in
@@ -1202,22 +1214,23 @@ begin
                    array_agg(u.count order by u.id) filter (where u.id <> all (r.ids)) as rest_counts
             from leases x, unnest(x.ids, x.grps, x.grp2s, x.counts) u(id, grp, grp2, count)
             where x.token = r.token and x.consumer = p_consumer
-            group by x.id
+            group by x.consumer, x.id
         loop
             continue when l.ids is null;
             done := done + cardinality(l.ids);
             update leases x set until = v_until, ids = l.ids, grps = l.grps, grp2s = l.grp2s, counts = l.counts
-             where x.id = l.id and l.rest is null;
+             where x.consumer = p_consumer and x.id = l.id and l.rest is null;
             if l.rest is not null then
                 update leases x set ids = l.rest, grps = l.rest_grps, grp2s = l.rest_grp2s, counts = l.rest_counts
-                 where x.id = l.id;
+                 where x.consumer = p_consumer and x.id = l.id;
                 insert into leases (token, consumer, source, until, ids, grps, grp2s, counts, holder)
                 values (l.token, p_consumer, l.source, v_until, l.ids, l.grps, l.grp2s, l.counts, l.holder);
             end if;
         end loop;
         continue when v_pos.parked_count = 0;
         v_ids := '{}'; v_grps := '{}'; v_grp2s := '{}'; v_counts := '{}';
-        v_out := array(select x from leases o, unnest(o.grps || o.grp2s) x where o.consumer = p_consumer and o.token <> r.token);
+        v_out := array(select x from leases o, unnest(o.grps || o.grp2s) x
+                       where o.consumer = p_consumer and o.id >= v_pos.lease_floor and o.token <> r.token and x is not null);
         select c.max_ack_pending - v_pos.out_count into v_room from consumers_consumer c where c.id = p_consumer;
         for l in
             select p.* from (select * from parked y where y.lease_token = r.token offset 0) p
@@ -1255,7 +1268,7 @@ declare
     v_dead   bigint;
     v_grps   bigint[];
 begin
-    perform from consumer_position p where p.consumer = p_consumer for update;
+    perform from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
     -- A run becomes single rows where only a part of it is meant.
     with chosen as (
         select p.id, p.grp, p.grp2, p.reason, u.id as message, p.ids
@@ -1312,7 +1325,7 @@ declare
     v_count bigint;
     v_grps  bigint[];
 begin
-    perform from consumer_position p where p.consumer = p_consumer for update;
+    perform from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
     with freed as (
         update parked p set not_before = null, due_at = null where p.consumer = p_consumer and p.reason = 'error' returning p.grp, p.grp2
     )
@@ -1334,7 +1347,7 @@ declare
     m       record;
 begin
     perform set_config('synchronous_commit', 'off', true);
-    perform from consumer_position p where p.consumer = p_consumer for update;
+    perform from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
     for r in
         select u.token, array_agg(distinct u.id) as ids from unnest(p_tokens, p_ids) u(token, id) group by u.token
     loop

@@ -41,7 +41,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Which of these consumers have a lease that ended or a parked message that fell due.
 _DUE_SQL = """
     SELECT c FROM unnest(%s::uuid[]) c
-    WHERE EXISTS (SELECT FROM leases l WHERE l.consumer = c AND l.until <= clock_timestamp())
+    WHERE EXISTS (SELECT FROM leases l WHERE l.consumer = c AND l.until <= clock_timestamp() AND l.id >= (
+              SELECT p.lease_floor FROM consumer_position p WHERE p.consumer = c ORDER BY p.version DESC LIMIT 1))
        OR EXISTS (SELECT FROM parked p WHERE p.consumer = c AND p.due_at <= clock_timestamp())
 """
 

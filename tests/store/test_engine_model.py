@@ -384,6 +384,7 @@ class Engine(RuleBasedStateMachine):
         assert len(set(parked + out)) == len(parked) + len(out), "a message in two places"
         assert set(parked + out) == self.owed
         assert rows.counts == (len(out), len(rows.blocking), len(rows.dead), self.acked)
+        assert not fetch("SELECT FROM leases l JOIN consumer_position p USING (consumer) WHERE l.id < p.lease_floor"), "a lease below the floor"
         assert rows.position == self.position
 
     @invariant()

@@ -14,12 +14,13 @@ from tests.store.test_claims import Log, fetch, keys, log, receipts, take  # noq
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-TABLES = [table for group in hot.GROUPS for table in group]
+TABLES = [table for group in hot.GROUPS for table in group.tables]
+LARGE_BYTES = 100_000
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hot, "LARGE_BYTES", 100_000)
+    monkeypatch.setattr(hot, "GROUPS", tuple(group._replace(large_bytes=LARGE_BYTES) for group in hot.GROUPS))
     monkeypatch.setattr(hot, "OLD_SNAPSHOT_XIDS", 100)
 
 
@@ -55,9 +56,9 @@ def test_behind_an_old_snapshot_they_are_rewritten_with_all_they_hold(log: Log, 
         old.execute("SELECT count(*) FROM messages")
         use(log, consumer, 400)
         before, grown = contents(), largest(store)
-        assert grown > hot.LARGE_BYTES
+        assert grown > LARGE_BYTES
         assert set(hot.HotTables().look(store)) >= {"consumer_position", "leases"}
-        assert contents() == before and largest(store) < hot.LARGE_BYTES < grown
+        assert contents() == before and largest(store) < LARGE_BYTES < grown
     assert claims.ack(consumer, receipts(out)) == (2, 1)
     log.append(log.row(901), log.row(902))
     came = keys(take(consumer))
