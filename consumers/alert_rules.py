@@ -9,7 +9,7 @@ from typing import NamedTuple
 from django.conf import settings
 
 from consumers import health
-from consumers.words import duration
+from consumers.words import counted, duration
 from consumers.alert_models import AlertRule
 from consumers.hosting import readable_bytes
 from consumers.models import Consumer, Source
@@ -62,7 +62,7 @@ def _consumers(now: datetime, rules: dict[str, AlertRule]) -> Iterator[Condition
         if look is not None and consumer.status == "active" and _over(rules, "consumer_lag", look.lag_s):
             yield Condition("consumer_lag", subject, f"its oldest undelivered message is {duration(look.lag_s)} old")
         if position is not None and _over(rules, "dead_letters", position.dead_count):
-            yield Condition("dead_letters", subject, f"{position.dead_count:,} dead letter{'' if position.dead_count == 1 else 's'}")
+            yield Condition("dead_letters", subject, counted(position.dead_count, "dead letter"))
 
 
 def _disk(rules: dict[str, AlertRule]) -> Iterator[Condition]:

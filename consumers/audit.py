@@ -18,6 +18,7 @@ from django.http import HttpRequest, HttpResponse
 
 SERVICE = "the service"
 SHOWN_CHARACTERS = 200
+CONSOLE = "/admin/"
 
 
 class Actor(NamedTuple):
@@ -90,8 +91,8 @@ class ActorKnown:
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         address = request.META.get("REMOTE_ADDR") or None
-        # The API knows no cookies: there a session is not even looked at.
-        user = None if request.path.startswith("/api/") else request.user
+        # Elsewhere cookies mean nothing: there a session is not even looked at.
+        user = request.user if request.path.startswith(CONSOLE) else None
         name = f"user {user.get_username()}" if user is not None and user.is_authenticated else "nobody"
         with acting(name, address):
             return self._get_response(request)

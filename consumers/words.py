@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from consumers.hosting import readable_bytes
 
-__all__ = ["Tone", "age", "duration", "moment", "number", "rate", "readable_bytes", "tone_of"]
+__all__ = ["Tone", "age", "counted", "duration", "moment", "number", "rate", "readable_bytes", "tone_of"]
 
 
 class Tone(NamedTuple):
@@ -84,6 +84,11 @@ def moment(at: datetime | None) -> str:
 def number(value: float | None) -> str:
     """1234567 → 1,234,567."""
     return "–" if value is None else f"{value:,.0f}"
+
+
+def counted(count: int, what: str) -> str:
+    """1 message, 2,000 messages."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def rate(per_second: float | None) -> str:

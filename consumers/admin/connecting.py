@@ -29,8 +29,9 @@ class ConnectForm(forms.Form):
 
     name = forms.CharField(max_length=63, help_text="How the source is called here, such as shop.")
     url = forms.CharField(
-        required=False, label="Connection URL", help_text="postgresql://user:password@host:5432/database, or fill in the fields below."
-    )
+        required=False, label="Connection URL", widget=forms.TextInput(attrs={"autocomplete": "off", "spellcheck": "false"}),
+        help_text="postgresql://user:password@host:5432/database, or fill in the fields below.",
+    )  # fmt: skip
     host = forms.CharField(required=False, max_length=255)
     port = forms.IntegerField(required=False, min_value=1, max_value=65535, initial=5432)
     database = forms.CharField(required=False, max_length=63)

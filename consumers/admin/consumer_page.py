@@ -22,6 +22,7 @@ from consumers.models import Consumer
 from consumers.store import counters, lifecycle
 from consumers.store.counters import Rate
 from consumers.store.models import ConsumerPosition, RelationVersion
+from consumers.words import counted
 
 SINCE = {"10m": ("last 10 minutes", 10), "1h": ("last hour", 60), "1d": ("last day", 1440), "": ("all", 0)}
 STATES = {
@@ -76,8 +77,8 @@ def set_status(request: HttpRequest, pk: UUID, status: str) -> HttpResponse:
         if not is_confirmed(request):
             count = lifecycle.backlog(pk).undelivered
             return ask(
-                request, title="Disable a consumer", back=back, button=f"Disable and drop {count:,} messages",
-                question=f"Disabling {consumer.name} drops {count:,} undelivered messages, and whatever comes until it is enabled again.",
+                request, title="Disable a consumer", back=back, button=f"Disable and drop {counted(count, 'message')}",
+                question=f"Disabling {consumer.name} drops {counted(count, 'undelivered message')}, and whatever comes until it is enabled again.",
             )  # fmt: skip
     consumer.status = status
     try:
@@ -104,15 +105,15 @@ def redrive(request: HttpRequest, pk: UUID, action: str) -> HttpResponse:
         count = _count(pk, ids, state)
         verb = "Discard" if action == "discard" else "Retry"
         tail = "They are not delivered, and this cannot be taken back." if action == "discard" else "They are delivered again, now."
-        which = "dead letters" if state == "dead" and not ids else "messages"
+        which = "dead letter" if state == "dead" and not ids else "message"
         return ask(
             request, title=f"{verb} messages", back=back, button=f"{verb} {count:,}",
-            question=f"{verb} {count:,} {which} of {consumer.name}? {tail}",
+            question=f"{verb} {counted(count, which)} of {consumer.name}? {tail}",
         )  # fmt: skip
     act = lifecycle.discard if action == "discard" else lifecycle.retry
     count = act(pk, ids) if ids else act(pk, state=state)
     audit.record(action, consumer, count, **({"state": state} if not ids else {"ids": ids[:20]}))
-    messages.success(request, f"{count:,} messages {'discarded' if action == 'discard' else 'are tried again'}.")
+    messages.success(request, f"{counted(count, 'message')} {'discarded' if action == 'discard' else 'to be tried again'}.")
     return redirect(back)
 
 

@@ -18,6 +18,7 @@ from consumers.models import Consumer
 from consumers.store import counters, lifecycle
 from consumers.store.models import ConsumerPosition
 from consumers.templatetags.console import pill
+from consumers.words import counted
 
 
 @admin.register(Consumer)
@@ -96,8 +97,8 @@ class ConsumerAdmin(ConfigurationAdmin):
             count = lifecycle.backlog(consumer.pk).undelivered
             return ask(
                 request, title="Delete a consumer", back=reverse("admin:consumers_consumer_page", args=[consumer.pk]),
-                question=f"Delete {consumer.name}, and with it {count:,} undelivered messages, its position and its history of attempts?",
-                button="Delete it" if not count else f"Delete it and drop {count:,} messages",
+                question=f"Delete {consumer.name}, and with it {counted(count, 'undelivered message')}, its position and its history of attempts?",
+                button="Delete it" if not count else f"Delete it and drop {counted(count, 'message')}",
             )  # fmt: skip
         changes.delete(consumer, discard=True)
         self.message_user(request, f"{consumer.name} is deleted.")
@@ -146,8 +147,8 @@ class ConsumerAdmin(ConfigurationAdmin):
         listed = [(consumer, lifecycle.backlog(consumer.pk).undelivered) for consumer in chosen]
         total = sum(count for _, count in listed)
         return ask(
-            request, title="Disable consumers", button=f"Disable and drop {total:,} messages", back=request.path,
-            question=f"Disabling drops {total:,} undelivered messages, and whatever comes until the consumer is enabled again.",
-            details=[(consumer.name, f"{count:,} messages") for consumer, count in listed],
+            request, title="Disable consumers", button=f"Disable and drop {counted(total, 'message')}", back=request.path,
+            question=f"Disabling drops {counted(total, 'undelivered message')}, and whatever comes until the consumer is enabled again.",
+            details=[(consumer.name, counted(count, "message")) for consumer, count in listed],
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from consumers.admin.pages import ask, is_confirmed, needs, page
 from consumers.models import Source
 from consumers.store import erasure
 from consumers.store.models import RelationVersion
+from consumers.words import counted
 
 ERASE = "consumers.erase_message"
 
@@ -34,14 +35,14 @@ def erase(request: HttpRequest, pk: UUID) -> HttpResponse:
     if not is_confirmed(request):
         found = erasure.count(pk, table, key)
         return ask(
-            request, title="Erase a key", back=back, button=f"Erase {found.messages:,} messages", details=_counts(found),
+            request, title="Erase a key", back=back, button=f"Erase {counted(found.messages, 'message')}", details=_counts(found),
             question=f"Overwrite the key {typed} of {table} in the log of {source.name}? This cannot be taken back."
             " What is still to be delivered of it arrives empty. The source and backups are not touched.",
         )  # fmt: skip
     done = erasure.erase(pk, table, key)
     # The key itself is what must be forgotten: the audit log says which table and how many.
     audit.record("erase", source, done.messages, table=table, attempts=done.attempts, parked=done.parked)
-    messages.success(request, f"Erased: {done.messages:,} messages, {done.attempts:,} attempts, {done.parked:,} parked rows.")
+    messages.success(request, f"Erased: {counted(done.messages, 'message')}, {counted(done.attempts, 'attempt')}, {counted(done.parked, 'parked row')}.")
     return redirect(back)
 
 

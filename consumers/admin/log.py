@@ -21,6 +21,7 @@ from consumers.store import lifecycle
 from consumers.store.models import Attempt, Message, Parked
 from consumers.store.types import ACTIONS
 from consumers.templatetags.console import pill
+from consumers.words import counted
 
 COUNTED = 2_000
 SHOWN_BACK = 30_000  # messages
@@ -150,21 +151,21 @@ class ParkedAdmin(ReadOnlyAdmin):
 
     @admin.action(description="Try again now", permissions=["operate"])
     def retry(self, request: HttpRequest, chosen: Any) -> None:
-        self._decide(request, chosen, "retry", lifecycle.retry, "are tried again")
+        self._decide(request, chosen, "retry", lifecycle.retry, "to be tried again")
 
     @admin.action(description="Discard…", permissions=["operate"])
     def discard(self, request: HttpRequest, chosen: Any) -> HttpResponse | None:
         """Asks first, with the exact count: a row may stand for many messages."""
         if is_confirmed(request):
-            self._decide(request, chosen, "discard", lifecycle.discard, "are discarded")
+            self._decide(request, chosen, "discard", lifecycle.discard, "discarded")
             return None
         counts: dict[str, int] = {}
         for parked in chosen:
             counts[str(parked.consumer)] = counts.get(str(parked.consumer), 0) + len(parked.ids)
         total = sum(counts.values())
         return ask(
-            request, title="Discard messages", back=request.path, button=f"Discard {total:,} messages", details=list(counts.items()),
-            question=f"Discard {total:,} messages? They are not delivered, and this cannot be taken back.",
+            request, title="Discard messages", back=request.path, button=f"Discard {counted(total, 'message')}", details=list(counts.items()),
+            question=f"Discard {counted(total, 'message')}? They are not delivered, and this cannot be taken back.",
         )  # fmt: skip
 
     def _decide(self, request: HttpRequest, chosen: Any, name: str, decide: Any, what: str) -> None:
@@ -176,7 +177,7 @@ class ParkedAdmin(ReadOnlyAdmin):
             count = decide(consumer.pk, ids)
             audit.record(name, consumer, count, ids=ids[:20])
             total += count
-        self.message_user(request, f"{total:,} messages {what}.")
+        self.message_user(request, f"{counted(total, 'message')} {what}.")
 
 
 @admin.register(Attempt)
