@@ -37,7 +37,7 @@ class Load:
         self.rate, self.batch = rate, batch
         self.log = Log(make_source("bench"))
         self.consumer = make_consumer(self.log.source, "steady").pk
-        self.stopping = threading.Event()
+        self.stopping, self.counting = threading.Event(), threading.Lock()
         self.appended = self.acked = 0
         self.slowest_claim_s = 0.0
 
@@ -68,7 +68,9 @@ class Load:
                 claims.nack(self.consumer, receipts[-1:], 100)
                 receipts.pop()
             if receipts:
-                self.acked += claims.ack(self.consumer, receipts).done
+                done = claims.ack(self.consumer, receipts).done
+                with self.counting:
+                    self.acked += done
         connection.close()
 
 

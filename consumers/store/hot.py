@@ -51,24 +51,20 @@ def keep_small(stopping: threading.Event) -> None:
             stopping.wait(RECONNECT_S)
 
 
-class Group(NamedTuple):
-    """Tables that are rewritten together, those that take more than `large_bytes`."""
-
-    tables: tuple[str, ...]
-    large_bytes: int
-
-
 class Size(NamedTuple):
     taken: int
     living: int
 
 
-GROUPS = (
-    # Everything that hands out or settles messages locks a row of the first one first, so no call sees them half way.
-    Group(("consumer_position", "leases", "parked"), 8 * MIB),
-    Group(("capture_progress",), 512 * KIB),
-    Group(("turns",), 512 * KIB),
-    Group(("heartbeats",), 512 * KIB),
+Group = dict[str, int]
+
+# Tables that are rewritten together, each with the bytes from which on it is. Everything that hands out or settles messages
+# locks a row of consumer_position first, so no call sees that group half way.
+GROUPS: tuple[Group, ...] = (
+    {"consumer_position": 8 * MIB, "leases": 8 * MIB, "parked": 512 * KIB},
+    {"capture_progress": 512 * KIB},
+    {"turns": 512 * KIB},
+    {"heartbeats": 512 * KIB},
 )
 
 
@@ -76,32 +72,31 @@ class HotTables:
     """One for each process that looks after them; `look` is called every second or so."""
 
     def __init__(self) -> None:
-        self._not_before: dict[Group, float] = {}
-        self._pause: dict[Group, float] = {}
+        self._not_before = [0.0] * len(GROUPS)
+        self._pause = [FIRST_PAUSE_S] * len(GROUPS)
 
     def look(self, conn: Connection) -> list[str]:
         """Rewrite what has grown behind an old snapshot. `conn` must be in autocommit. Returns the tables rewritten."""
         now = time.monotonic()
-        grown = [group for group in GROUPS if self._not_before.get(group, 0.0) <= now and _taken(conn, group) > group.large_bytes]
+        grown = [number for number, group in enumerate(GROUPS) if self._not_before[number] <= now and _has_grown(conn, group)]
         if not grown or not _is_held(conn):
             return []
         if not _first(conn, "SELECT pg_try_advisory_lock(%s)", [REWRITE_LOCK]):
             return []
         try:
-            return [table for group in grown for table in self._rewrite(conn, group)]
+            return [table for number in grown for table in self._rewrite(conn, number)]
         finally:
             conn.execute("SELECT pg_advisory_unlock(%s)", [REWRITE_LOCK])
 
-    def _rewrite(self, conn: Connection, group: Group) -> list[str]:
+    def _rewrite(self, conn: Connection, number: int) -> list[str]:
         try:
-            done = rewrite(conn, group)
+            done = rewrite(conn, GROUPS[number])
         except psycopg.errors.LockNotAvailable:
             # Somebody holds them. Each attempt in vain makes claims wait a moment, so there are few.
-            pause = self._pause.get(group, FIRST_PAUSE_S)
-            self._pause[group] = min(2 * pause, LONGEST_PAUSE_S)
-            self._not_before[group] = time.monotonic() + pause
+            self._not_before[number] = time.monotonic() + self._pause[number]
+            self._pause[number] = min(2 * self._pause[number], LONGEST_PAUSE_S)
             return []
-        self._pause.pop(group, None)
+        self._pause[number] = FIRST_PAUSE_S
         return done
 
 
@@ -109,11 +104,11 @@ def rewrite(conn: Connection, group: Group) -> list[str]:
     """Empty and fill again those tables of a group that hold little and take much. Raises LockNotAvailable."""
     with conn.transaction():
         conn.execute(f"SET LOCAL lock_timeout = {LOCK_WAIT_MS}")
-        conn.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.SQL(", ").join(map(sql.Identifier, group.tables))))
+        conn.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.SQL(", ").join(map(sql.Identifier, group))))
         done = []
-        for table in group.tables:
+        for table, large_bytes in group.items():
             size = _size(conn, table)
-            if size.taken > group.large_bytes and size.taken > DEAD_SHARE * size.living and size.living < MOST_BYTES:
+            if size.taken > large_bytes and size.taken > DEAD_SHARE * size.living and size.living < MOST_BYTES:
                 _refill(conn, sql.Identifier(table))
                 done.append(table)
                 log.debug("rewrote table=%s bytes=%s living=%s", table, size.taken, size.living)
@@ -129,8 +124,9 @@ def _refill(conn: Connection, table: sql.Identifier) -> None:
             into.write(rows)
 
 
-def _taken(conn: Connection, group: Group) -> int:
-    return int(_first(conn, "SELECT max(pg_total_relation_size(t::regclass)) FROM unnest(%s::text[]) t", [list(group.tables)]))
+def _has_grown(conn: Connection, group: Group) -> bool:
+    query = "SELECT bool_or(pg_total_relation_size(t::regclass) > large) FROM unnest(%s::text[], %s::bigint[]) u(t, large)"
+    return bool(_first(conn, query, [list(group), list(group.values())]))
 
 
 def _size(conn: Connection, table: str) -> Size:

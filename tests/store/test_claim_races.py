@@ -118,7 +118,7 @@ def test_receivers_editors_and_watchers_at_once(log: Log, monkeypatch: pytest.Mo
         lifecycle.retry(consumer, state="parked")
         lifecycle.backlog(consumer)
         with store_connection() as conn, suppress(psycopg.errors.LockNotAvailable):
-            hot.rewrite(conn, hot.GROUPS[0]._replace(large_bytes=0))
+            hot.rewrite(conn, dict.fromkeys(hot.GROUPS[0], 0))
         claims.renew([row[0] for row in fetch("SELECT token FROM leases WHERE consumer = %s LIMIT 1", consumer)], 50)
         threads.stopping.wait(0.02)
 
