@@ -1,7 +1,7 @@
 """The management API below /api/. The pull API's paths are in delivery."""
 from django.urls import path
 
-from consumers.api import configuration, messages, operations, schema, trying
+from consumers.api import configuration, messages, operations, replays, schema, trying
 
 urlpatterns = [
     path("schema", schema.SchemaView.as_view(), name="schema"),
@@ -23,9 +23,10 @@ urlpatterns = [
     path("consumers/<str:consumer>/messages", messages.MessagesView.as_view()),
     path("consumers/<str:consumer>/messages/retry", messages.RetryView.as_view()),
     path("consumers/<str:consumer>/messages/discard", messages.DiscardView.as_view()),
+    path("consumers/<str:consumer>/rewind", replays.RewindView.as_view()),
     *(
         path(f"consumers/<str:consumer>/{call}", operations.LaterView.as_view(feature=feature))
-        for call, feature in (("rewind", "rewind"), ("republish", "republish"))
+        for call, feature in (("republish", "republish"),)
     ),
     path("backfills", operations.LaterListView.as_view(feature="backfilling")),
     path("backfills/<str:backfill>", operations.LaterListView.as_view(feature="backfilling")),

@@ -112,6 +112,10 @@ class Appender:
                 " reached_lsn = excluded.reached_lsn, updated_at = now()",
                 [self.source_id, *begun],
             )
+            self._conn.execute(
+                "INSERT INTO source_epoch (source, epoch, begun_lsn) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING",
+                [self.source_id, begun.epoch, begun.reached_lsn],
+            )
             if gap:
                 self._conn.execute("UPDATE capture_progress SET proof = NULL WHERE source = %s", [self.source_id])
                 self.note_gap(gap)

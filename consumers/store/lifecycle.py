@@ -40,9 +40,9 @@ class Attempt(NamedTuple):
 def create_position(consumer_id: UUID, source_id: UUID, start_lsn: int) -> None:
     """Let a new consumer begin at the end of the log, with nothing committed on the source before `start_lsn`."""
     _execute(
-        "INSERT INTO consumer_position (consumer, source, position, start_lsn, start_epoch) VALUES (%(consumer)s,"
-        " %(source)s, coalesce((SELECT max(id) FROM messages WHERE source = %(source)s), 0), %(lsn)s,"
-        " coalesce((SELECT epoch FROM capture_progress WHERE source = %(source)s), 1))",
+        "INSERT INTO consumer_position (consumer, source, position, start_id, start_lsn, start_epoch) SELECT %(consumer)s,"
+        " %(source)s, last, last, %(lsn)s, coalesce((SELECT epoch FROM capture_progress WHERE source = %(source)s), 1)"
+        " FROM (SELECT coalesce(max(id), 0) AS last FROM messages WHERE source = %(source)s) m",
         {"consumer": consumer_id, "source": source_id, "lsn": start_lsn},
     )
 
@@ -57,7 +57,7 @@ def drop_consumer(consumer_id: UUID) -> None:
 def drop_source(source_id: UUID) -> None:
     """Forget a source's history. Its messages stay until retention drops their partitions."""
     with transaction.atomic():
-        for table in ("capture_progress", "source_status", "source_events", "source_tables"):
+        for table in ("capture_progress", "source_status", "source_events", "source_tables", "source_epoch", "log_lost"):
             _execute(f"DELETE FROM {table} WHERE source = %s", [source_id])
 
 
@@ -124,8 +124,8 @@ def enable(consumer_id: UUID) -> None:
     with transaction.atomic():
         _lock(consumer_id)
         _execute(
-            "UPDATE consumer_position p SET position = greatest(position,"
-            " coalesce((SELECT max(id) FROM messages WHERE source = p.source), 0)) WHERE consumer = %s",
+            "UPDATE consumer_position p SET (position, start_id) = (SELECT x.last, x.last FROM (SELECT greatest(p.position,"
+            " (SELECT max(id) FROM messages WHERE source = p.source)) AS last) x) WHERE consumer = %s",
             [consumer_id],
         )
     wake(consumer_id)

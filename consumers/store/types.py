@@ -111,6 +111,8 @@ class ClaimedMessage(NamedTuple):
     old_values_known: bool
     annotations: str | None
     source_id: UUID
+    backfill_id: UUID | None
+    replay_id: UUID | None
     where_undecided: bool = False
     """Let through because the consumer's filter hangs on something the message does not carry."""
     is_fresh: bool = False

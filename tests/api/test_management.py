@@ -103,7 +103,7 @@ def test_what_is_not_built_yet_is_refused_with_that_sentence(api: Api, log: Log,
     assert status == 422 and "not available in this version" in answer["validation_errors"][field][0]
 
 
-@pytest.mark.parametrize("path", ["consumers/{c}/rewind", "consumers/{c}/republish", "backfills"])
+@pytest.mark.parametrize("path", ["consumers/{c}/republish", "backfills"])
 def test_calls_that_are_not_built_yet_say_so(api: Api, log: Log, path: str) -> None:
     status, answer = api("POST", path.format(c=log.consumer()), {})
     assert status == 422 and "not available in this version" in answer["summary"]
