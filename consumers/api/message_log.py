@@ -88,8 +88,8 @@ class ListedMessage(NamedTuple):
     old_values_known: bool
     annotations: str | None
     source_id: UUID
-    backfill_id: UUID | None
-    replay_id: UUID | None
+    backfill_id: UUID | None = None
+    replay_id: UUID | None = None
     where_undecided: bool = False
 
 

@@ -47,11 +47,37 @@ def create_position(consumer_id: UUID, source_id: UUID, start_lsn: int) -> None:
     )
 
 
-def drop_consumer(consumer_id: UUID) -> None:
-    """Forget a consumer: its position, leases, parked messages, attempts and turn."""
+def last_id(source_id: UUID) -> int:
+    """The last message of a source."""
+    return int(_fetch("SELECT coalesce(max(id), 0) FROM messages WHERE source = %s", [source_id])[0][0])
+
+
+def create_position_before(
+    consumer_id: UUID, source_id: UUID, last: int, *, xmin: int, xmax: int, running: Sequence[int], is_standby: bool, start_lsn: int
+) -> None:
+    """Let a new consumer begin just below the first logged change that a snapshot of the source does not see.
+
+    `last`: the last message of the source when the snapshot had not been taken yet.
+    """
     with transaction.atomic():
-        for table in ("consumer_position", "leases", "parked", "attempts", "turns"):
+        _fetch("SELECT id FROM log_floor FOR SHARE")  # no partition goes that it begins in
+        _execute(
+            "INSERT INTO consumer_position (consumer, source, position, start_id, start_lsn, start_epoch) SELECT %(consumer)s,"
+            " %(source)s, seen, seen, %(lsn)s, coalesce((SELECT epoch FROM capture_progress WHERE source = %(source)s), 1)"
+            " FROM sequin_seen(%(source)s, %(last)s, %(xmin)s, %(xmax)s, %(running)s::bigint[], %(standby)s) seen ON CONFLICT DO NOTHING",
+            {
+                "consumer": consumer_id, "source": source_id, "last": last, "xmin": xmin, "xmax": xmax, "running": list(running),
+                "standby": is_standby, "lsn": start_lsn,
+            },
+        )  # fmt: skip
+
+
+def drop_consumer(consumer_id: UUID) -> None:
+    """Forget a consumer: its position, leases, parked messages, attempts, turn and backfills."""
+    with transaction.atomic():
+        for table in ("consumer_position", "leases", "parked", "attempts", "turns", "backfills"):
             _execute(f"DELETE FROM {table} WHERE consumer = %s", [consumer_id])
+        _execute("DELETE FROM backfill_chunks c WHERE NOT EXISTS (SELECT FROM backfills b WHERE b.id = c.backfill)")
 
 
 def drop_source(source_id: UUID) -> None:
@@ -220,6 +246,14 @@ def beat(process: str, detail: str = "", *, pid: int | None = None) -> None:
         " ON CONFLICT (process, host, pid) DO UPDATE SET at = excluded.at, detail = excluded.detail",
         [process, socket.gethostname(), pid or os.getpid(), detail],
     )
+
+
+def beat_age_s(process: str, detail: str) -> float:
+    """How long ago a process of this name, with this detail, last beat; infinity when none has."""
+    age = _fetch(
+        "SELECT extract(epoch FROM clock_timestamp() - max(at)) FROM heartbeats WHERE process = %s AND detail = %s", [process, detail]
+    )[0][0]
+    return float("inf") if age is None else float(age)
 
 
 def record_attempts(attempts: Iterable[Attempt]) -> None:

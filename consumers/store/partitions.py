@@ -112,9 +112,10 @@ def _past(conn: Connection, retention: timedelta) -> list[tuple[str, int, int]]:
 
 
 def _is_needed(conn: Connection, from_id: int, to_id: int) -> bool:
-    """Whether a consumer has still to take something between these ids."""
+    """Whether a consumer has still to take something between these ids, or a republish to look at it."""
     row = conn.execute(
-        "SELECT EXISTS (SELECT FROM consumer_position p JOIN consumers_consumer c ON c.id = p.consumer"
+        "SELECT EXISTS (SELECT FROM backfills b WHERE b.to_id >= %(from)s AND b.status IN ('running', 'paused')"
+        " AND b.place::bigint < %(to)s) OR EXISTS (SELECT FROM consumer_position p JOIN consumers_consumer c ON c.id = p.consumer"
         " WHERE c.status <> 'disabled' AND p.position < %(to)s AND EXISTS (SELECT FROM messages m"
         " WHERE m.source = p.source AND m.id > p.position AND m.id >= %(from)s AND m.id < %(to)s))",
         {"from": from_id, "to": to_id},

@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 from django.db import connection
 
-from consumers.envelope import render
+from consumers.envelope import addressing, render
 from consumers.store import claims, lifecycle, rewinds
 from consumers.store.connection import store_connection
 from consumers.store.partitions import maintain
@@ -67,11 +67,11 @@ def test_replayed_messages_say_so_and_new_ones_do_not(log: Log) -> None:
     claims.nack(consumer, receipts(again))
     after = take(consumer)
     assert [m.replay_id for m in after.messages] == [done.replay_id, None], "also when it is retried"
-    more = {"consumer_id": consumer, "consumer_name": "c", "source_id": log.source.pk, "source_name": "s", "database": "d"}
-    body = render(after.messages[0], **more).decode()
+    to = addressing(consumer_id=consumer, consumer_name="c", source_id=log.source.pk, source_name="s", database="d")
+    body = render(after.messages[0], to).decode()
     assert f'"replay_id":"{done.replay_id}"' in body
     key = body.split('"idempotency_key":"')[1].split('"')[0]
-    assert key in render(first.messages[1], **more).decode(), "the key stays the same"
+    assert key in render(first.messages[1], to).decode(), "the key stays the same"
 
 
 def test_what_is_out_and_parked_comes_once_more(log: Log) -> None:
