@@ -33,6 +33,7 @@ BATCH_BYTES = 8 * 1024 * 1024
 READ_MESSAGES = 4_000
 IDLE_WAIT_S = 0.5
 REACH_EVERY_S = 1.0
+LOOK_AT_WISHES_EVERY_S, HURRY_WAIT_S = 0.4, 0.04
 LOOK_EVERY_S = 10.0
 LOOK_AT_TABLES_EVERY_S = 60.0
 
@@ -71,6 +72,8 @@ class Reader:
         self._reached_at = 0.0
         self._tables_at = 0.0
         self._looked_lsn = 0
+        self._wanted_lsn: int | None = None  # a backfill waits until the log reaches it
+        self._wanted_at = 0.0
         self._next_xid = 0
         self._in_recovery = False
         self._unmet: tuple[str, ...] = ()  # what consumers ask for and do not get
@@ -136,6 +139,7 @@ class Reader:
                 if len(taken.rows) >= BATCH_ROWS or taken.row_bytes >= BATCH_BYTES:
                     self._store(stream)
             self._store(stream)
+            self._hurry(stream)
             self._reach(stream)
             self._alive()
             if self._stopping():
@@ -179,7 +183,8 @@ class Reader:
         if taken.is_open:
             return
         taken.demand_proof(stream.wal_end)
-        if taken.proof is not None or now - self._reached_at < REACH_EVERY_S:
+        hurry = self._wanted_lsn is not None and self._wanted_lsn > self._progress.reached_lsn
+        if taken.proof is not None or (now - self._reached_at < REACH_EVERY_S and not hurry):
             return
         reached = max(stream.wal_end, taken.done_lsn)
         if reached <= self._progress.reached_lsn:
@@ -190,6 +195,17 @@ class Reader:
         taken.stored(after)
         self._reached_at = now
         stream.confirm(reached)
+
+    def _hurry(self, stream: ReplicationStream) -> None:
+        """While backfills run: come round more often, and ask the server how far it is when one waits to hear that."""
+        now = time.monotonic()
+        if now - self._wanted_at < (LOOK_AT_WISHES_EVERY_S if self._wanted_lsn is None else HURRY_WAIT_S):
+            return
+        self._wanted_at = now
+        self._wanted_lsn = wanted = self._appender.wanted_lsn()
+        stream.wait_s = IDLE_WAIT_S if wanted is None else HURRY_WAIT_S
+        if wanted is not None and wanted > max(stream.wal_end, self._progress.reached_lsn) and not self._transactions.is_open:
+            stream.send_status(ask=True)
 
     # The slot and its surroundings --------------------------------------------------------------------------------
 

@@ -64,6 +64,7 @@ class ReplicationStream:
             raise StreamEnded(_line(self._conn.error_message))
         self.wal_end = 0
         """Up to here the server has sent everything (only meaningful between transactions)."""
+        self.wait_s = 0.0
         self._confirmed = 0
         self._status_at = self._heard_at = self._asked_at = 0.0
         self._helper = _StatusHelper(self)
@@ -108,7 +109,8 @@ class ReplicationStream:
         self.close()
 
     def batches(self, limit: int, wait_s: float) -> Iterator[list[bytes]]:
-        """Yield what has arrived, up to `limit` messages or READ_BYTES at a time; an empty list after `wait_s` without any.
+        """Yield what has arrived, up to `limit` messages or READ_BYTES at a time; an empty list after `wait_s` without any, which
+        may be set to another value meanwhile.
 
         Keepalives alone do not keep it from yielding: the caller has clocks of its own to look at. A server that says
         nothing is asked for a sign of life, and given up when none comes: a dead connection looks like an idle one.
@@ -117,10 +119,11 @@ class ReplicationStream:
         """
         conn = self._conn
         get = conn.get_copy_data
+        self.wait_s = wait_s
         while True:
             batch: list[bytes] = []
             size = 0
-            deadline = time.monotonic() + wait_s  # also when keepalives come all the time
+            deadline = time.monotonic() + self.wait_s  # also when keepalives come all the time
             while len(batch) < limit and size < READ_BYTES:
                 count, data = get(1)
                 if count > 0:

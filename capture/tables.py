@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from capture import pgoutput, surroundings
 from capture.catalog import Catalog
-from capture.encoder import MAX_ROW_BYTES, RowEncoder
+from capture.encoder import MAX_ROW_BYTES, Kind, RowEncoder
 from capture.encodings import with_readable_names
 from capture.shapes import differences, primary_key
 from consumers.source_connection import cut_after
@@ -23,6 +23,17 @@ class Table(NamedTuple):
     oid: int
     encoder: RowEncoder
     name: str
+
+
+def described(catalog: Catalog, relation: pgoutput.Relation) -> tuple[list[Kind], tuple[ColumnShape, ...]]:
+    """How a relation's values become JSON, and its columns as a relation version has them."""
+    kinds = [catalog.kind(column.type_oid) for column in relation.columns]
+    values = [catalog.value_types.of(column.type_oid, column.typmod) for column in relation.columns]
+    columns = tuple(
+        ColumnShape(column.name, column.type_oid, column.typmod, name, *value)
+        for column, (_, name), value in zip(relation.columns, kinds, values, strict=True)
+    )
+    return [kind for kind, _ in kinds], columns
 
 
 class Tables(dict[int, Table]):
@@ -45,26 +56,15 @@ class Tables(dict[int, Table]):
         names = [column.name for column in relation.columns]
         with cut_after(self._catalog.descriptor, surroundings.LOOK_WITHIN_S):
             now = self._catalog.table(relation.oid)
-            kinds = [self._catalog.kind(column.type_oid) for column in relation.columns]
-            values = [self._catalog.value_types.of(column.type_oid, column.typmod) for column in relation.columns]
+            kinds, columns = described(self._catalog, relation)
         flagged = [column.name for column in relation.columns if column.is_key]
         same = before if before is not None and before.oid == relation.oid else None
         key = primary_key(names, flagged, relation.replica_identity, now, same)
-        shape = RelationShape(
-            relation.oid,
-            relation.schema,
-            relation.table,
-            tuple(
-                ColumnShape(column.name, column.type_oid, column.typmod, name, *value)
-                for column, (_, name), value in zip(relation.columns, kinds, values, strict=True)
-            ),
-            key,
-            relation.replica_identity,
-        )
+        shape = RelationShape(relation.oid, relation.schema, relation.table, columns, key, relation.replica_identity)
         if before is not None and before != shape and not known:
             self._tell_changes(before, shape)
         encoder = RowEncoder(
-            names, [kind for kind, _ in kinds], key, codec=self._codec, most_bytes=MAX_ROW_BYTES,
+            names, kinds, key, codec=self._codec, most_bytes=MAX_ROW_BYTES,
             on_large=lambda left_out: self._tell_large(relation.oid, left_out),
         )  # fmt: skip
         self._said = {(oid, what) for oid, what in self._said if oid != relation.oid}

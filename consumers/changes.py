@@ -6,13 +6,15 @@ Everything that can fail is done before or inside the transaction that saves, so
 from __future__ import annotations
 
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 from django.core.exceptions import ValidationError
 from django.db import transaction
 
 from consumers import audit
-from consumers.models import Consumer, HttpEndpoint, Source, groups_in_use
+from consumers.backfill_rules import inspect, look_at_beginning, tables_to_backfill
+from consumers.models import Backfill, Consumer, HttpEndpoint, Source, groups_in_use
 from consumers.publishing import demand_publication, publish_tables
 from consumers.routing import check_where
 from consumers.source_connection import SourceUnreachable, reason_of
@@ -24,7 +26,7 @@ from consumers.source_setup import (
     renew_slot,
     source_position,
 )
-from consumers.store import lifecycle
+from consumers.store import backfills, lifecycle
 
 SECRET_FIELDS = ("password", "secret_headers", "signing_secret")
 UNTOLD_FIELDS = ("id", "created_at", "updated_at", "status_reason", "slot_created", "publication_created")
@@ -35,7 +37,7 @@ class InUse(Exception):
     """Refused because others depend on it. The text says who, and what to do."""
 
 
-def save(thing: Source | HttpEndpoint | Consumer, prepared: Prepared | None = None) -> None:
+def save(thing: Source | HttpEndpoint | Consumer | Backfill, prepared: Prepared | None = None) -> None:
     """Validate and save, with all effects. Raises ValidationError, with nothing changed.
 
     `prepared`: what `prepare` answered for this source, when that was done before.
@@ -45,6 +47,8 @@ def save(thing: Source | HttpEndpoint | Consumer, prepared: Prepared | None = No
         _save_source(thing, prepared)
     elif isinstance(thing, Consumer):
         _save_consumer(thing)
+    elif isinstance(thing, Backfill):
+        _begin_backfill(thing)
     else:
         with transaction.atomic():
             _record(thing)
@@ -187,7 +191,10 @@ def _save_consumer(consumer: Consumer) -> None:
         with transaction.atomic():
             _record(consumer)
             consumer.save()
-            lifecycle.create_position(consumer.pk, consumer.source_id, _position(consumer.source))
+            if consumer.start_from == "beginning":
+                _begin_with_everything(consumer)
+            else:
+                lifecycle.create_position(consumer.pk, consumer.source_id, _position(consumer.source))
         return
     with transaction.atomic():
         if before.group_columns != consumer.group_columns:
@@ -201,6 +208,7 @@ def _save_consumer(consumer: Consumer) -> None:
         consumer.save()
         if before.status != consumer.status:
             if consumer.status == "disabled":
+                backfills.cancel_all(consumer.pk)
                 lifecycle.disable(consumer.pk)
             elif before.status == "disabled":
                 lifecycle.enable(consumer.pk)
@@ -227,6 +235,47 @@ def _record(thing: Source | HttpEndpoint | Consumer, count: int | None = None) -
 def _told(value: Any) -> Any:
     text = str(value)
     return value if len(text) <= 200 else text[:200] + "…"
+
+
+def _begin_with_everything(consumer: Consumer) -> None:
+    """What a snapshot of the source sees comes as rows, by backfills; what it does not see as changes."""
+    source = consumer.source
+    try:
+        last = lifecycle.last_id(source.pk)
+        begun = look_at_beginning(source)
+        lifecycle.create_position_before(
+            consumer.pk, source.pk, last, xmin=begun.xmin, xmax=begun.xmax, running=begun.running, is_standby=begun.is_standby,
+            start_lsn=begun.lsn,
+        )  # fmt: skip
+        for table in tables_to_backfill(source, consumer.tables):
+            backfills.begin(
+                uuid4(), consumer_id=consumer.pk, source_id=source.pk, table=table, barrier_xid=inspect(source, table)
+            )
+    except SourceUnreachable as error:
+        raise ValidationError({"source": f"{error}"}) from None
+    except SetupRefused as error:
+        raise ValidationError({"tables" if error.field == "table" else error.field: error.reason}) from None
+
+
+def _begin_backfill(backfill: Backfill) -> None:
+    if not backfill._state.adding:
+        raise ValidationError("a backfill is not changed: cancel it and begin another")
+    source = backfill.consumer.source
+    try:
+        barrier = inspect(
+            source, backfill.table, where=backfill.where, sort_column=backfill.sort_column, start_value=backfill.start_value
+        )
+    except SourceUnreachable as error:
+        raise ValidationError({"consumer": f"{error}"}) from None
+    except SetupRefused as error:
+        raise ValidationError({error.field: error.reason}) from None
+    with transaction.atomic():
+        audit.record("begin backfill", backfill.consumer, backfill=backfill.pk, table=backfill.table, where=backfill.where)
+        backfills.begin(
+            backfill.pk, consumer_id=backfill.consumer_id, source_id=source.pk, table=backfill.table, where=backfill.where,
+            sort_column=backfill.sort_column, start_value=backfill.start_value, barrier_xid=barrier,
+        )  # fmt: skip
+    backfill.refresh_from_db()
 
 
 def _publish(consumer: Consumer) -> None:

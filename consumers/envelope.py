@@ -44,12 +44,23 @@ class StoredMessage(Protocol):
     @property
     def source_id(self) -> UUID: ...
     @property
+    def backfill_id(self) -> UUID | None: ...
+    @property
+    def replay_id(self) -> UUID | None: ...
+    @property
     def where_undecided(self) -> bool: ...
 
 
 def idempotency_key(message: StoredMessage) -> str:
-    """The same for every delivery of one change, for ever: base64 of `source id.epoch:commit_lsn:commit_idx`."""
-    text = f"{_uuid(message.source_id)}.{message.epoch}:{message.commit_lsn}:{message.commit_idx}"
+    """The same for every delivery of one change, for ever: base64 of `source id.epoch:commit_lsn:commit_idx`.
+
+    Of a backfilled row: of `backfill id:schema.table:key`; where there is no key, its number in the backfill.
+    """
+    if message.backfill_id is None:
+        text = f"{_uuid(message.source_id)}.{message.epoch}:{message.commit_lsn}:{message.commit_idx}"
+    else:
+        key = message.commit_idx if message.key == "[]" else message.key
+        text = f"{message.backfill_id}:{message.schema}.{message.table}:{key}"
     return binascii.b2a_base64(text.encode(), newline=False).decode()
 
 
@@ -91,6 +102,8 @@ def metadata(message: StoredMessage, to: Addressing) -> str:
         extra += '"old_values_known":false,'
     if message.where_undecided:
         extra += '"where_undecided":true,'
+    if message.replay_id is not None:
+        extra += f'"replay_id":"{message.replay_id}",'
     return (
         f'{{"table_schema":{_text(message.schema)},"table_name":{_text(message.table)},'
         f'"record_pks":{message.key},"commit_timestamp":"{message.committed_at}","commit_lsn":{message.commit_lsn},'

@@ -45,7 +45,6 @@ DEFAULT_ACTIONS = ("insert", "update", "delete")
 MAX_ACK_WAIT_MS = 43_200_000
 MIN_BACKLOG_BYTES = 1_000_000
 ON_FULL = ("hold", "pause", "drop_oldest")
-NOT_YET = "is not available in this version"
 
 
 def validate_name(name: str) -> None:
@@ -267,7 +266,6 @@ class Consumer(Named):
         self._clean_lists(errors)
         self._clean_kind(errors)
         self._clean_routing(errors)
-        self._refuse_what_is_not_built(errors)
         self._refuse_what_is_fixed(errors)
         if errors:
             raise ValidationError(errors)
@@ -313,10 +311,6 @@ class Consumer(Named):
         if self.stream == "rows" and not {"insert", "update"} & set(self.actions):
             errors["actions"] = "a stream of rows delivers the latest state of rows: expected insert, update or both"
 
-    def _refuse_what_is_not_built(self, errors: dict[str, Any]) -> None:
-        if self.start_from == "beginning":
-            errors["start_from"] = f"start_from: beginning {NOT_YET}, only now is"
-
     def _refuse_what_is_fixed(self, errors: dict[str, Any]) -> None:
         if self._state.adding:
             return
@@ -326,6 +320,8 @@ class Consumer(Named):
         for field in ("source_id", "kind", "stream"):
             if getattr(self, field) != getattr(before, field):
                 errors[field.removesuffix("_id")] = "is fixed at creation: make another consumer"
+        if self.start_from != before.start_from:
+            errors["start_from"] = "counts at creation only: begin a backfill, or rewind"
         if self.group_columns != before.group_columns:
             position = ConsumerPosition.objects.filter(consumer=self.pk).first()
             if position is not None and position.out_count + position.parked_count > 0:
@@ -338,6 +334,74 @@ def groups_in_use(out: int, parked: int) -> ValidationError:
         f"changes only when nothing is out or parked: {out} are out and {parked} parked. Pause the consumer and wait, or discard them",
         code="in_use",
     )
+
+
+class Backfill(models.Model):
+    """A table's rows on their way to one consumer as read messages; or what is republished to it. Written by store.backfills."""
+
+    STATUSES = ("running", "paused", "completed", "cancelled", "failed")
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    consumer = models.ForeignKey(Consumer, models.DO_NOTHING, db_column="consumer", db_constraint=False, related_name="backfills")
+    source = models.UUIDField(null=True, blank=True, editable=False)
+    kind = models.TextField(default="backfill", editable=False)
+    table = models.TextField(db_column="table_name", help_text="schema.table")
+    where = models.TextField(blank=True, default="")
+    sort_column = models.TextField(blank=True, default="", help_text="Empty: the primary key.")
+    start_value = models.TextField(null=True, blank=True, help_text="Of the sort column, inclusive. Empty: the first.")
+    since = models.DateTimeField(null=True, blank=True, editable=False)
+    until = models.DateTimeField(null=True, blank=True, editable=False)
+    replay = models.UUIDField(null=True, blank=True, editable=False)
+    status = models.TextField(default="running", editable=False)
+    reason = models.TextField(blank=True, default="", editable=False)
+    created_at = models.DateTimeField(null=True, blank=True, editable=False)
+    ended_at = models.DateTimeField(null=True, blank=True, editable=False)
+    rows_estimated = models.BigIntegerField(null=True, blank=True, editable=False)
+    rows_done = models.BigIntegerField(default=0, editable=False)
+    rows_left_out = models.BigIntegerField(default=0, editable=False)
+    rate = models.FloatField(null=True, blank=True, editable=False, help_text="Rows a second, lately.")
+
+    class Meta:
+        managed = False
+        db_table = "backfills"
+        ordering = ["-created_at"]
+
+    def __str__(self) -> str:
+        return f"{self.table} to {self.consumer.name}"
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the rate it has had lately; None when nobody can tell."""
+        if self.status != "running" or not self.rate or self.rows_estimated is None:
+            return None
+        return max(0, self.rows_estimated - self.rows_done) / self.rate
+
+    def clean(self) -> None:
+        errors: dict[str, Any] = {}
+        try:
+            validate_table(self.table)
+        except ValidationError as error:
+            errors["table"] = error.messages
+        if not errors and (self.table.endswith(".*") or not self._is_taken()):
+            errors["table"] = f"{self.table} is not one of the consumer's tables: a backfill is of one of these"
+        self.where = self.where.strip()
+        try:
+            if self.where:
+                clean_where(self.where)
+        except ValidationError as error:
+            errors["where"] = error.messages
+        if self.consumer_id and self.consumer.status == "disabled":
+            errors["consumer"] = f"{self.consumer.name} is disabled and drops what comes: enable it first"
+        for field in ("table", "sort_column", "start_value"):
+            if "\0" in (getattr(self, field) or ""):
+                errors[field] = "may not contain a NUL character"
+        if errors:
+            raise ValidationError(errors)
+
+    def _is_taken(self) -> bool:
+        if not self.consumer_id or not self.consumer.tables:
+            return True
+        return self.table in self.consumer.tables or f"{self.table.split('.', 1)[0]}.*" in self.consumer.tables
 
 
 class ApiToken(models.Model):

@@ -35,7 +35,7 @@ _pool = Pool(live=8)
 _COLUMNS = """
     SELECT m.id, m.action::text, r.schema_name, r.table_name, m.record, m.changes, m.key, m.commit_lsn, m.commit_idx,
            to_char(m.committed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged, m.old_values_known,
-           m.annotations, m.source, r.oid, r.columns::text, r.primary_key, r.replica_identity
+           m.annotations, m.source, m.backfill, r.oid, r.columns::text, r.primary_key, r.replica_identity
 """
 _RECENT_SQL = f"""{_COLUMNS}
     FROM messages m JOIN relation_version r ON r.id = m.relation
@@ -125,12 +125,12 @@ def stored(consumer: Consumer, message_id: int) -> Sample | None:
 
 def _sample(row: tuple[Any, ...], to: Addressing) -> Sample:
     (
-        number, action, schema, table, record, changes, key, lsn, index, at, epoch, unchanged, known, notes, source, oid, columns,
+        number, action, schema, table, record, changes, key, lsn, index, at, epoch, unchanged, known, notes, source, backfill, oid, columns,
         primary_key, identity,
     ) = row  # fmt: skip
     message = ClaimedMessage(
         number, 1, 0, None, None, ACTIONS[action], schema, table, record, changes, key, lsn, index, at, epoch, unchanged, known,
-        notes, source,
+        notes, source, backfill,
     )  # fmt: skip
     shape = _shape(oid, schema, table, columns, primary_key, identity)
     return Sample(message.action, record, changes, metadata(message, to), render(message, to), known, shape)

@@ -1,7 +1,8 @@
-"""Watch a django-q2 cluster from outside: keep its slots pumping, and start it anew when it no longer does.
+"""Watch the django-q2 clusters from outside: keep their workers busy, and start one anew when it no longer gets on.
 
 A cluster whose idle worker is killed can stop taking tasks altogether, and none of its processes notices. So the watcher
-goes by what counts: pumps that beat. Fewer than slots for some seconds, although tasks are queued: the cluster is replaced.
+goes by what counts: pumps that beat, and backfills that are worked on. When there are fewer pumps than slots for some
+seconds although tasks are queued, or nobody takes the backfills that are due, the cluster is replaced.
 """
 from __future__ import annotations
 
@@ -20,69 +21,103 @@ from django_q.brokers import get_broker
 from django_q.tasks import async_task
 from redis.exceptions import RedisError
 
-from consumers.store import lifecycle, turns
+from consumers.store import backfills, lifecycle, turns
 from delivery.chores import Chores
 from delivery.push.tasks import PUMP_TASK
 
 log = logging.getLogger(__name__)
 
+REPLAY_TASK = "capture.tasks.replay"  # by name: delivery does not know capture
+REPLAY_CLUSTER = "replay"  # in settings.Q_CLUSTER's ALT_CLUSTERS
+TICK_S = 0.05
 LOOK_EVERY_S = 0.5
 START_GRACE_S = 8.0
-PATIENCE_S = 4.0
+PATIENCE_S, REPLAY_PATIENCE_S = 4.0, 10.0
 STOP_WITHIN_S = 7.0
 
 
-class Watcher:
-    """Runs one cluster of `workers` slots and keeps it pumping."""
+class Cluster:
+    """One django-q2 cluster, in a session of its own."""
+
+    def __init__(self, queue: str | None = None) -> None:
+        """`queue`: one of ALT_CLUSTERS; None is the one that pushes."""
+        self.queue = queue
+        self.name = ""
+        self.started_at = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def keep(self) -> None:
+        """Start it, for the first time or because it ended."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                return
+            log.warning("the %s cluster ended with status %s: started again", self._called(), self._process.returncode)
+        self.restart()
+
+    def restart(self) -> None:
+        self.kill()
+        self.name = str(uuid4())
+        arguments = [sys.executable, os.path.join(settings.BASE_DIR, "manage.py"), "run_workers", "--cluster"]
+        environment = {**os.environ, "SEQUIN_CLUSTER": self.name}
+        if self.queue is not None:
+            environment["Q_CLUSTER_NAME"] = self.queue
+        self._process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
+        self.started_at = time.monotonic()
+        log.info("started %s cluster pid=%s", self._called(), self._process.pid)
+
+    def kill(self) -> None:
+        """End the whole session of the cluster; the kernel takes along whoever outlives its parent."""
+        process = self._process
+        if process is None:
+            return
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+    def ask_to_end(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def end(self, deadline: float) -> None:
+        """Wait until it has ended; then by force."""
+        if self._process is not None:
+            try:
+                self._process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.warning("the %s cluster did not stop in time: killed", self._called())
+        self.kill()
+
+    def _called(self) -> str:
+        return self.queue or "push"
+
+
+class PushKeeper:
+    """Keeps the slots of the cluster that pushes pumping."""
 
     def __init__(self, workers: int) -> None:
+        self.cluster = Cluster()
         self._workers = workers
-        self._stopping = False
-        self._process: subprocess.Popen[bytes] | None = None
-        self._started_at = 0.0
         self._full_at = 0.0
         self._enqueued_at = 0.0
-        self._name = ""
 
-    def stop(self, *_: Any) -> None:
-        self._stopping = True
-
-    def run(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.stop)
-        chores = Chores()
-        chores.start()
-        try:
-            while not self._stopping:
-                try:
-                    self._look()
-                except (DatabaseError, OSError, RedisError) as error:
-                    log.warning("the store or the broker is away: %s", " ".join(str(error).split())[:200])
-                    connection.close()
-                    self._full_at = time.monotonic()  # an outage is not the cluster's fault: it has time to begin again
-                self._pause()
-        finally:
-            self._end()
-            chores.stop()
-
-    def _look(self) -> None:
-        now = time.monotonic()
+    def look(self, now: float) -> None:
         lifecycle.beat("workers", str(self._workers))
-        if self._process is None or self._process.poll() is not None:
-            if self._process is not None:
-                log.warning("the cluster ended with status %s: started again", self._process.returncode)
-                self._kill()
-            self._start()
-        pumps = turns.alive_pumps(self._name)
+        self.cluster.keep()
+        pumps = turns.alive_pumps(self.cluster.name)
         if pumps >= self._workers:
             self._full_at = now
             return
         self._enqueue(now)
-        quiet_since = max(self._full_at, self._started_at + START_GRACE_S)
+        quiet_since = max(self._full_at, self.cluster.started_at + START_GRACE_S)
         if now - quiet_since > PATIENCE_S:
             log.warning("%s of %s pumps have beaten lately: the cluster is started anew", pumps, self._workers)
-            self._kill()
-            self._start()
+            self.cluster.restart()
+
+    def forgive(self) -> None:
+        """An outage is not the cluster's fault: it has time to begin again."""
+        self._full_at = time.monotonic()
 
     def _enqueue(self, now: float) -> None:
         """A task for each slot, on all machines, that neither pumps nor has a task waiting."""
@@ -102,43 +137,80 @@ class Watcher:
             row = cursor.fetchone()
         return int(row[0]) if row else self._workers
 
-    def _start(self) -> None:
-        self._name = str(uuid4())
-        arguments = [sys.executable, os.path.join(settings.BASE_DIR, "manage.py"), "run_workers", "--cluster"]
-        self._process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "SEQUIN_CLUSTER": self._name}
-        )
-        self._started_at = time.monotonic()
-        log.info("started cluster pid=%s workers=%s", self._process.pid, self._workers)
 
-    def _kill(self) -> None:
-        """End the whole session of the cluster; the kernel takes along whoever outlives its parent."""
-        process = self._process
-        if process is None:
-            return
+class ReplayKeeper:
+    """Sees that backfills which are due are worked on."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(REPLAY_CLUSTER)
+        self._due_since = 0.0
+
+    def look(self, now: float) -> float:
+        """Returns after how many seconds to look again: soon, while backfills run."""
+        self.cluster.keep()
+        running, due = backfills.running_and_due()
+        if not due:
+            self._due_since = 0.0
+            return TICK_S if running else LOOK_EVERY_S
+        if int(get_broker(REPLAY_CLUSTER).queue_size()) == 0:
+            async_task(REPLAY_TASK, cluster=REPLAY_CLUSTER)
+        self._due_since = self._due_since or now
+        waited = now - max(self._due_since, self.cluster.started_at + START_GRACE_S)
+        if waited > REPLAY_PATIENCE_S:
+            if lifecycle.beat_age_s("replay", self.cluster.name) > REPLAY_PATIENCE_S:
+                log.warning("nobody has worked on %s due backfills for %s s: the cluster is started anew", due, int(waited))
+                self.cluster.restart()
+            self._due_since = 0.0
+        return TICK_S
+
+
+class Watcher:
+    """Runs both clusters: one of `workers` slots that pushes, and the one that replays."""
+
+    def __init__(self, workers: int) -> None:
+        self._push = PushKeeper(workers)
+        self._replay = ReplayKeeper()
+        self._stopping = False
+
+    def stop(self, *_: Any) -> None:
+        self._stopping = True
+
+    def run(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.stop)
+        chores = Chores()
+        chores.start()
+        push_at = replay_at = 0.0
         try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
+            while not self._stopping:
+                now = time.monotonic()
+                try:
+                    if now >= push_at:
+                        push_at = now + LOOK_EVERY_S
+                        self._push.look(now)
+                    if now >= replay_at:
+                        replay_at = now + LOOK_EVERY_S
+                        replay_at = now + self._replay.look(now)
+                except (DatabaseError, OSError, RedisError) as error:
+                    log.warning("the store or the broker is away: %s", " ".join(str(error).split())[:200])
+                    connection.close()
+                    self._push.forgive()
+                    push_at = replay_at = now + LOOK_EVERY_S
+                time.sleep(TICK_S)
+        finally:
+            self._end()
+            chores.stop()
 
     def _end(self) -> None:
-        """Let the pumps give back what they hold, then the cluster end; after a while by force."""
-        process = self._process
-        if process is not None and process.poll() is None:
-            try:
-                with connection.cursor() as cursor:
-                    cursor.execute("SELECT pg_notify('sequin_stop', %s)", [self._name])
-            except DatabaseError:
-                connection.close()
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(STOP_WITHIN_S)
-            except subprocess.TimeoutExpired:
-                log.warning("the cluster did not stop within %s s: killed", STOP_WITHIN_S)
-        self._kill()
-
-    def _pause(self) -> None:
-        deadline = time.monotonic() + LOOK_EVERY_S
-        while not self._stopping and time.monotonic() < deadline:
-            time.sleep(0.05)
+        """Let the pumps give back what they hold, and steps of backfills end, then the clusters; after a while by force."""
+        deadline = time.monotonic() + STOP_WITHIN_S
+        clusters = (self._push.cluster, self._replay.cluster)
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_notify('sequin_stop', %s)", [self._push.cluster.name])
+        except DatabaseError:
+            connection.close()
+        for cluster in clusters:
+            cluster.ask_to_end()
+        for cluster in clusters:
+            cluster.end(deadline)

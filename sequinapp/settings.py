@@ -160,6 +160,8 @@ Q_CLUSTER: dict[str, Any] = {
     "guard_cycle": 0.5,
     "poll": 0.2,
     "recycle": 100,
+    # Backfills have workers of their own, so that they never keep a push waiting.
+    "ALT_CLUSTERS": {"replay": {"workers": max(1, ENV.workers // 4)}},
 }
 if ENV.broker_url is not None:
     Q_CLUSTER["redis"] = ENV.broker_url

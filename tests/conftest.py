@@ -279,5 +279,6 @@ def _empty_store(request: pytest.FixtureRequest) -> Iterator[None]:
             conn.execute(
                 "TRUNCATE messages, kept_messages, relation_version, capture_progress, source_status, consumer_position,"
                 " leases, parked, attempts, turns, heartbeats, source_events, source_tables,"
-                " minute_counters, counted"
+                " minute_counters, counted, source_epoch, log_extent, log_lost,"
+                " backfills, backfill_chunks"
             )

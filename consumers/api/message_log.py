@@ -51,8 +51,9 @@ PAGE_SQL = """
     SELECT s.id, s.state, s.reason, s.deliver_count, s.last_error, s.last_status, s.due_at, s.action::text, r.schema_name,
            r.table_name, s.record, s.changes, s.key, s.commit_lsn, s.commit_idx,
            to_char(s.committed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), s.epoch, s.unchanged,
-           s.old_values_known, s.annotations, s.source
-    FROM ({state}) s JOIN relation_version r ON r.id = s.relation
+           s.old_values_known, s.annotations, s.source, s.backfill,
+           coalesce(s.replay, CASE WHEN s.id > q.replay_from AND s.id <= q.replay_to AND s.state <> 'passed' THEN q.replay END)
+    FROM ({state}) s JOIN relation_version r ON r.id = s.relation JOIN consumer_position q ON q.consumer = %(consumer)s
     WHERE (%(after)s::bigint IS NULL OR s.id {beyond} %(after)s)
       AND (%(key)s::text IS NULL OR s.key = %(key)s) AND (%(since)s::timestamptz IS NULL OR s.committed_at >= %(since)s)
     ORDER BY s.id {direction} LIMIT %(limit)s
@@ -87,6 +88,8 @@ class ListedMessage(NamedTuple):
     old_values_known: bool
     annotations: str | None
     source_id: UUID
+    backfill_id: UUID | None = None
+    replay_id: UUID | None = None
     where_undecided: bool = False
 
 

@@ -64,7 +64,7 @@ class MessagesView(APIView):
         since = given.get("since")
         try:
             listed = message_log.list_messages(
-                found.pk, state, after=_after(given), key=_key(keys) if keys else None,
+                found.pk, state, after=_after(given), key=row_key("pk", keys) if keys else None,
                 since=None if since is None else moment("since", since), limit=size + 1,
             )  # fmt: skip
         except message_log.TooSlow:
@@ -114,6 +114,18 @@ def moment(name: str, text: Any) -> datetime:
     return found
 
 
+def row_key(name: str, values: Any) -> str:
+    """A row's key as capture writes it."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise BadParameter(f"{name}: expected a list of texts, got {values!r}")
+    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadParameter(f"{name}: is not a text") from None
+    return text
+
+
 def _chosen(given: Mapping[str, Any]) -> tuple[list[int] | None, dict[str, Any]]:
     unknown = [name for name in given if name not in CHOSEN]
     if unknown:
@@ -133,9 +145,7 @@ def _chosen(given: Mapping[str, Any]) -> tuple[list[int] | None, dict[str, Any]]
             chosen[name] = moment(name, given[name])
     pk = given.get("pk")
     if pk is not None:
-        if not isinstance(pk, list) or not all(isinstance(value, str) for value in pk):
-            raise BadParameter(f"pk: expected a list of texts, got {pk!r}")
-        _key(pk)
+        row_key("pk", pk)
         chosen["key"] = pk
     return None, chosen
 
@@ -147,16 +157,6 @@ def _ids(ids: Any) -> list[int]:
     if not valid or not 1 <= len(ids) <= MAX_IDS:
         raise BadParameter(f"ids: expected 1 to {MAX_IDS} whole numbers, the `id` of messages")
     return list(ids)
-
-
-def _key(values: list[str]) -> str:
-    """The key's text as capture writes it."""
-    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadParameter("pk: is not a text") from None
-    return text
 
 
 def _after(given: Mapping[str, str]) -> int | None:

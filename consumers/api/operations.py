@@ -1,7 +1,6 @@
 """What is done to sources and consumers besides configuring them: check, tables, pause, resume."""
 from __future__ import annotations
 
-from typing import Any
 
 from drf_spectacular.utils import extend_schema, inline_serializer
 from rest_framework import serializers
@@ -10,14 +9,12 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from consumers import changes, source_setup
-from consumers.api.body import read_object
 from consumers.api.configuration import save, with_backlog
-from consumers.api.errors import Invalid
 from consumers.api.lookup import demand_all, find, find_consumer
 from consumers.api.shapes import ConsumerShape, SourceShape
 from consumers.changes import InUse
 from consumers.preflight import findings
-from consumers.models import NOT_YET, Consumer, Source, SourceEvent
+from consumers.models import Consumer, Source, SourceEvent
 
 FINDING = inline_serializer(
     "Finding",
@@ -135,30 +132,3 @@ def set_status(consumer: Consumer, status: str) -> Consumer:
         consumer.status = status
         save(consumer)
     return consumer
-
-
-class LaterView(APIView):
-    """A call whose feature is not built yet."""
-
-    feature = ""
-
-    @extend_schema(exclude=True)
-    def post(self, request: Request, **names: Any) -> Response:
-        if "consumer" in names:
-            find_consumer(names["consumer"], request.user)  # type: ignore[arg-type]
-        read_object(request)
-        raise Invalid({"non_field_errors": [f"{self.feature} {NOT_YET}"]})
-
-
-class LaterListView(LaterView):
-    @extend_schema(exclude=True)
-    def get(self, request: Request, **names: Any) -> Response:
-        raise Invalid({"non_field_errors": [f"{self.feature} {NOT_YET}"]})
-
-    @extend_schema(exclude=True)
-    def patch(self, request: Request, **names: Any) -> Response:
-        return self.post(request, **names)
-
-    @extend_schema(exclude=True)
-    def delete(self, request: Request, **names: Any) -> Response:
-        return self.get(request, **names)

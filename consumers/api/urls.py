@@ -1,7 +1,7 @@
 """The management API below /api/. The pull API's paths are in delivery."""
 from django.urls import path
 
-from consumers.api import configuration, messages, operations, schema, trying
+from consumers.api import backfills, configuration, messages, operations, replays, schema, trying
 
 urlpatterns = [
     path("schema", schema.SchemaView.as_view(), name="schema"),
@@ -23,11 +23,11 @@ urlpatterns = [
     path("consumers/<str:consumer>/messages", messages.MessagesView.as_view()),
     path("consumers/<str:consumer>/messages/retry", messages.RetryView.as_view()),
     path("consumers/<str:consumer>/messages/discard", messages.DiscardView.as_view()),
-    *(
-        path(f"consumers/<str:consumer>/{call}", operations.LaterView.as_view(feature=feature))
-        for call, feature in (("rewind", "rewind"), ("republish", "republish"))
-    ),
-    path("backfills", operations.LaterListView.as_view(feature="backfilling")),
-    path("backfills/<str:backfill>", operations.LaterListView.as_view(feature="backfilling")),
-    path("backfills/<str:backfill>/<str:call>", operations.LaterListView.as_view(feature="backfilling")),
+    path("consumers/<str:consumer>/rewind", replays.RewindView.as_view()),
+    path("consumers/<str:consumer>/republish", replays.RepublishView.as_view()),
+    path("backfills", backfills.BackfillsView.as_view()),
+    path("backfills/<str:backfill>", backfills.BackfillView.as_view()),
+    path("backfills/<str:backfill>/pause", backfills.PauseView.as_view()),
+    path("backfills/<str:backfill>/resume", backfills.ResumeView.as_view()),
+    path("backfills/<str:backfill>/cancel", backfills.CancelView.as_view()),
 ]

@@ -137,5 +137,13 @@ def load(consumer_id: UUID) -> Plan | None:
     return Plan(consumer_id, row)
 
 
+def republished(consumer_id: UUID, where: str, table: str) -> Plan:
+    """What of the log a consumer would get once more: of its tables (or of one) and actions, from before its start too."""
+    with connection.cursor() as cursor:
+        cursor.execute(_CONSUMER_SQL, [consumer_id])
+        name, version, source_id, _, tables, actions, groups, _, position, _, epoch, schema = cursor.fetchone()
+    return Plan(consumer_id, (name, version, source_id, "changes", [table] if table else tables, actions, groups, where, position, 0, epoch, schema))
+
+
 def version_of(plan: Plan | None) -> datetime | None:
     return None if plan is None else plan.version

@@ -1,12 +1,14 @@
-"""The store's tables and functions, from `consumers/store/schema.sql`."""
+"""The store's tables and functions, from `schema.sql` and `replays.sql` in `consumers/store`."""
 from pathlib import Path
 
 from django.db import migrations
 
-SCHEMA = Path(__file__).resolve().parent.parent / "store" / "schema.sql"
+STORE = Path(__file__).resolve().parent.parent / "store"
 
 
 class Migration(migrations.Migration):
     dependencies = [("consumers", "0001_initial")]
 
-    operations = [migrations.RunSQL(SCHEMA.read_text(encoding="utf-8"), migrations.RunSQL.noop)]
+    operations = [
+        migrations.RunSQL((STORE / name).read_text(encoding="utf-8"), migrations.RunSQL.noop) for name in ("schema.sql", "replays.sql")
+    ]

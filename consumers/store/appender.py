@@ -5,7 +5,6 @@ binary COPY, then the commit. So ids become visible in order within a source, an
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 import time
@@ -18,11 +17,11 @@ import psycopg
 
 from consumers.store.connection import held_connection
 from consumers.store.events import add_event
-from consumers.store.partitions import SEQUENCE_LOCK, ensure_ahead
-from consumers.store.types import ColumnShape, LogRow, Progress, Proof, RelationShape
+from consumers.store.partitions import SEQUENCE_LOCK
+from consumers.store.room import Room
+from consumers.store.types import ColumnShape, LogRow, Progress, Proof, RelationShape, relation_digest
 
 SOURCE_LOCK_CLASS = 0x5E9  # advisory: one reader per source
-CHECK_ROOM_EVERY = 100_000  # ids; far below partitions.AHEAD_IDS
 
 _COPY_SQL = (
     "COPY messages (source, relation, table_oid, action, xid, commit_lsn, commit_idx, committed_at, epoch,"
@@ -54,7 +53,7 @@ class Appender:
         self._conn = conn or held_connection("sequin capture")
         self._notify_conn: psycopg.Connection[Any] | None = None
         self._source_bytes = source_id.bytes
-        self._room_checked_at = -CHECK_ROOM_EVERY
+        self._room = Room(self._conn)
         self._last_id = 0
         self._unnotified: set[int] = set()
 
@@ -112,6 +111,10 @@ class Appender:
                 " reached_lsn = excluded.reached_lsn, updated_at = now()",
                 [self.source_id, *begun],
             )
+            self._conn.execute(
+                "INSERT INTO source_epoch (source, epoch, begun_lsn) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING",
+                [self.source_id, begun.epoch, begun.reached_lsn],
+            )
             if gap:
                 self._conn.execute("UPDATE capture_progress SET proof = NULL WHERE source = %s", [self.source_id])
                 self.note_gap(gap)
@@ -155,14 +158,13 @@ class Appender:
     def register_relation(self, epoch: int, shape: RelationShape) -> int:
         """The id of this shape of the table; the same shape has the same id."""
         columns = json.dumps([column._asdict() for column in shape.columns])
-        digest = hashlib.sha256(repr(shape).encode()).hexdigest()
         row = self._conn.execute(
             "INSERT INTO relation_version (source, epoch, oid, schema_name, table_name, columns, primary_key,"
             " replica_identity, digest) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)"
             " ON CONFLICT (source, epoch, oid, digest) DO UPDATE SET seen_at = clock_timestamp() RETURNING id",
             [
                 self.source_id, epoch, shape.oid, shape.schema, shape.table, columns, list(shape.primary_key),
-                shape.replica_identity, digest,
+                shape.replica_identity, relation_digest(shape),
             ],
         ).fetchone()  # fmt: skip
         assert row is not None
@@ -176,7 +178,7 @@ class Appender:
         `progress()` says on a new connection.
         """
         if rows:
-            self._ensure_room()
+            self._room.ensure()
         conn = self._conn
         with conn.cursor() as cursor:
             cursor.execute("BEGIN")
@@ -199,6 +201,13 @@ class Appender:
         self._last_id = last_id
         self._unnotified.update(row.relation for row in rows)
         return last_id
+
+    def wanted_lsn(self) -> int | None:
+        """The position that backfills of the source wait for the log to reach; None when none runs."""
+        row = self._conn.execute(
+            "SELECT max(coalesce(wants_lsn, 0)) FROM backfills WHERE source = %s AND status = 'running'", [self.source_id]
+        ).fetchone()
+        return None if row is None or row[0] is None else int(row[0])
 
     def reach(self, before: Progress, after: Progress) -> None:
         """Move the progress alone: the source was idle, or had nothing for us."""
@@ -229,14 +238,6 @@ class Appender:
         )
         if cursor.rowcount != 1:
             raise ProgressMoved(self.source_id, before)
-
-    def _ensure_room(self) -> None:
-        """Partitions are made a million ids ahead; look again after a tenth of that. Other sources draw ids too."""
-        row = self._conn.execute("SELECT last_value FROM messages_id").fetchone()
-        assert row is not None
-        if row[0] - self._room_checked_at >= CHECK_ROOM_EVERY:
-            ensure_ahead(self._conn)
-            self._room_checked_at = row[0]
 
 
 def encode_rows(rows: Sequence[LogRow], source: bytes, epoch: int) -> bytes:

@@ -213,13 +213,13 @@ def _messages(rows: list[tuple[Any, ...]], undecided: frozenset[int]) -> list[Cl
     messages = []
     for (
         _, _, _, _, _, fresh, _, source, id_, count, group, group2, max_batch, relation, action, record, changes, key, commit_lsn,
-        commit_idx, committed_at, epoch, unchanged, old_values_known, notes,
+        commit_idx, committed_at, epoch, unchanged, old_values_known, notes, backfill, replay,
     ) in rows:  # fmt: skip
         schema, table = _relation_names[relation]
         messages.append(
             ClaimedMessage(
                 id_, count, group, group2, max_batch, ACTIONS[action], schema, table, record, changes, key, commit_lsn,
-                commit_idx, committed_at, epoch, unchanged, old_values_known, notes, source, id_ in undecided, bool(fresh),
+                commit_idx, committed_at, epoch, unchanged, old_values_known, notes, source, backfill, replay, id_ in undecided, bool(fresh),
             )
         )  # fmt: skip
     return messages

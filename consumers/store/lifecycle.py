@@ -40,24 +40,50 @@ class Attempt(NamedTuple):
 def create_position(consumer_id: UUID, source_id: UUID, start_lsn: int) -> None:
     """Let a new consumer begin at the end of the log, with nothing committed on the source before `start_lsn`."""
     _execute(
-        "INSERT INTO consumer_position (consumer, source, position, start_lsn, start_epoch) VALUES (%(consumer)s,"
-        " %(source)s, coalesce((SELECT max(id) FROM messages WHERE source = %(source)s), 0), %(lsn)s,"
-        " coalesce((SELECT epoch FROM capture_progress WHERE source = %(source)s), 1))",
+        "INSERT INTO consumer_position (consumer, source, position, start_id, start_lsn, start_epoch) SELECT %(consumer)s,"
+        " %(source)s, last, last, %(lsn)s, coalesce((SELECT epoch FROM capture_progress WHERE source = %(source)s), 1)"
+        " FROM (SELECT coalesce(max(id), 0) AS last FROM messages WHERE source = %(source)s) m",
         {"consumer": consumer_id, "source": source_id, "lsn": start_lsn},
     )
 
 
-def drop_consumer(consumer_id: UUID) -> None:
-    """Forget a consumer: its position, leases, parked messages, attempts and turn."""
+def last_id(source_id: UUID) -> int:
+    """The last message of a source."""
+    return int(_fetch("SELECT coalesce(max(id), 0) FROM messages WHERE source = %s", [source_id])[0][0])
+
+
+def create_position_before(
+    consumer_id: UUID, source_id: UUID, last: int, *, xmin: int, xmax: int, running: Sequence[int], is_standby: bool, start_lsn: int
+) -> None:
+    """Let a new consumer begin just below the first logged change that a snapshot of the source does not see.
+
+    `last`: the last message of the source when the snapshot had not been taken yet.
+    """
     with transaction.atomic():
-        for table in ("consumer_position", "leases", "parked", "attempts", "turns"):
+        _fetch("SELECT id FROM log_floor FOR SHARE")  # no partition goes that it begins in
+        _execute(
+            "INSERT INTO consumer_position (consumer, source, position, start_id, start_lsn, start_epoch) SELECT %(consumer)s,"
+            " %(source)s, seen, seen, %(lsn)s, coalesce((SELECT epoch FROM capture_progress WHERE source = %(source)s), 1)"
+            " FROM sequin_seen(%(source)s, %(last)s, %(xmin)s, %(xmax)s, %(running)s::bigint[], %(standby)s) seen ON CONFLICT DO NOTHING",
+            {
+                "consumer": consumer_id, "source": source_id, "last": last, "xmin": xmin, "xmax": xmax, "running": list(running),
+                "standby": is_standby, "lsn": start_lsn,
+            },
+        )  # fmt: skip
+
+
+def drop_consumer(consumer_id: UUID) -> None:
+    """Forget a consumer: its position, leases, parked messages, attempts, turn and backfills."""
+    with transaction.atomic():
+        for table in ("consumer_position", "leases", "parked", "attempts", "turns", "backfills"):
             _execute(f"DELETE FROM {table} WHERE consumer = %s", [consumer_id])
+        _execute("DELETE FROM backfill_chunks c WHERE NOT EXISTS (SELECT FROM backfills b WHERE b.id = c.backfill)")
 
 
 def drop_source(source_id: UUID) -> None:
     """Forget a source's history. Its messages stay until retention drops their partitions."""
     with transaction.atomic():
-        for table in ("capture_progress", "source_status", "source_events", "source_tables"):
+        for table in ("capture_progress", "source_status", "source_events", "source_tables", "source_epoch", "log_lost"):
             _execute(f"DELETE FROM {table} WHERE source = %s", [source_id])
 
 
@@ -124,8 +150,8 @@ def enable(consumer_id: UUID) -> None:
     with transaction.atomic():
         _lock(consumer_id)
         _execute(
-            "UPDATE consumer_position p SET position = greatest(position,"
-            " coalesce((SELECT max(id) FROM messages WHERE source = p.source), 0)) WHERE consumer = %s",
+            "UPDATE consumer_position p SET (position, start_id) = (SELECT x.last, x.last FROM (SELECT greatest(p.position,"
+            " (SELECT max(id) FROM messages WHERE source = p.source)) AS last) x) WHERE consumer = %s",
             [consumer_id],
         )
     wake(consumer_id)
@@ -220,6 +246,14 @@ def beat(process: str, detail: str = "", *, pid: int | None = None) -> None:
         " ON CONFLICT (process, host, pid) DO UPDATE SET at = excluded.at, detail = excluded.detail",
         [process, socket.gethostname(), pid or os.getpid(), detail],
     )
+
+
+def beat_age_s(process: str, detail: str) -> float:
+    """How long ago a process of this name, with this detail, last beat; infinity when none has."""
+    age = _fetch(
+        "SELECT extract(epoch FROM clock_timestamp() - max(at)) FROM heartbeats WHERE process = %s AND detail = %s", [process, detail]
+    )[0][0]
+    return float("inf") if age is None else float(age)
 
 
 def record_attempts(attempts: Iterable[Attempt]) -> None:

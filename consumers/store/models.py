@@ -25,6 +25,8 @@ class Message(models.Model):
     old_values_known = models.BooleanField()
     annotations = models.TextField(null=True)
     consumer = models.UUIDField(null=True)
+    backfill = models.UUIDField(null=True)
+    replay = models.UUIDField(null=True)
 
     class Meta:
         app_label = "consumers"

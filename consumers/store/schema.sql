@@ -24,9 +24,12 @@ create table messages (
     old_values_known boolean     not null,
     annotations      text,
     consumer         uuid,                  -- null: for all; set: a backfilled or republished message for one
+    backfill         uuid,                  -- the backfill that read this row
+    replay           uuid,                  -- the republish that made this copy
     primary key (source, id)                -- read by every claim
 ) partition by range (id);
-create index messages_xid on messages using brin (xid);  -- read by a backfill looking for newer changes
+-- Read by a backfill that begins, looking for changes its snapshot does not see.
+create index messages_xid on messages using brin (xid) with (autosummarize = on);
 
 -- What a partition holds and since when; the table's own bounds are not readable in SQL.
 create table log_partition (
@@ -34,7 +37,8 @@ create table log_partition (
     from_id    bigint not null,
     to_id      bigint not null,  -- exclusive
     created_at timestamptz not null default now(),
-    closed_at  timestamptz       -- when the sequence was first seen beyond it
+    closed_at  timestamptz,      -- when the sequence was first seen beyond it
+    measured   boolean not null default false  -- log_extent has its rows
 );
 
 -- Messages whose partition is gone although a lease or a parked row still names them.
@@ -126,6 +130,11 @@ create table consumer_position (
     position     bigint  not null,  -- the log has been taken up to this id
     start_lsn    bigint  not null,  -- nothing committed before it, in start_epoch, is this consumer's
     start_epoch  integer not null,
+    start_id     bigint  not null,  -- nor anything up to this id
+    -- The last rewind: messages from the one to the other id that are handed out now are repeated under this name.
+    replay       uuid,
+    replay_from  bigint,
+    replay_to    bigint,
     out_count    integer not null default 0,   -- messages in leases
     lease_floor  bigint  not null default 0,   -- none of its leases has a smaller id
     is_full      boolean not null default false,  -- after the last claim max_ack_pending were out
@@ -516,7 +525,8 @@ create function sequin_claim(p_consumer uuid, p_limit integer, p_lease_ms bigint
 returns table (
     token uuid, at_end boolean, next_due_ms bigint, reached bigint, needs_verdicts boolean, fresh boolean, version timestamptz, source uuid, id bigint, deliver_count integer, grp bigint, grp2 bigint,
     max_batch integer, relation integer, action "char", record text, changes text, key text, commit_lsn bigint,
-    commit_idx bigint, committed_at text, epoch integer, unchanged text, old_values_known boolean, annotations text)
+    commit_idx bigint, committed_at text, epoch integer, unchanged text, old_values_known boolean, annotations text,
+    backfill uuid, replay uuid)
 language plpgsql set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
 set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
@@ -940,7 +950,8 @@ begin
             select v_token, v_end, null::bigint, v_position, false, false, v_version, m.source, m.id, 1, v_grps[m.n], v_grp2s[m.n], null::integer, m.relation, m.action, m.record,
                    m.changes, m.key, m.commit_lsn, m.commit_idx,
                    to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged,
-                   m.old_values_known, m.annotations
+                   m.old_values_known, m.annotations, m.backfill,
+                   coalesce(m.replay, case when m.id > v_pos.replay_from and m.id <= v_pos.replay_to then v_pos.replay end)
             from (select x.*, row_number() over (order by x.id) as n from messages x
                   where x.source = v_pos.source and x.id = any (v_ids) and x.id >= v_ids[1] and x.id <= v_ids[cardinality(v_ids)]
                  ) m;
@@ -950,7 +961,8 @@ begin
         select v_token, v_end, null::bigint, v_position, false, u.fresh, v_version, m.source, m.id, u.n, u.grp, u.grp2, u.b, m.relation, m.action, m.record,
                m.changes, m.key, m.commit_lsn, m.commit_idx,
                to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged,
-               m.old_values_known, m.annotations
+               m.old_values_known, m.annotations, m.backfill,
+               coalesce(m.replay, case when m.id > v_pos.replay_from and m.id <= v_pos.replay_to then v_pos.replay end)
         from unnest(v_ids, v_counts, v_grps, v_grp2s, v_batches, v_fresh) u(id, n, grp, grp2, b, fresh)
         -- one probe a message: what was parked may lie millions of ids before what was not
         cross join lateral (

@@ -1,6 +1,7 @@
 """What goes into the log and what comes out of it, as plain tuples. Pure."""
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable
 from datetime import datetime
 from typing import NamedTuple, NewType
@@ -89,6 +90,11 @@ class RelationShape(NamedTuple):
     replica_identity: str
 
 
+def relation_digest(shape: RelationShape) -> str:
+    """What tells two shapes of a table apart."""
+    return hashlib.sha256(repr(shape).encode()).hexdigest()
+
+
 class ClaimedMessage(NamedTuple):
     """One message handed out. `record`, `changes`, `key`, `unchanged`, `annotations` are JSON texts."""
 
@@ -111,6 +117,8 @@ class ClaimedMessage(NamedTuple):
     old_values_known: bool
     annotations: str | None
     source_id: UUID
+    backfill_id: UUID | None = None
+    replay_id: UUID | None = None
     where_undecided: bool = False
     """Let through because the consumer's filter hangs on something the message does not carry."""
     is_fresh: bool = False

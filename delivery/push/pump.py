@@ -385,8 +385,8 @@ class Pump:
                 lane.hungry = True
 
     def _reconfigure(self) -> None:
-        """Something was edited: what is not sent yet goes by the new settings."""
-        self._renewed_at = 0.0
+        """Something was edited, or leases were ended by a rewind: what is not sent yet goes by what holds now."""
+        self._renewed_at = self._leases_at = 0.0
         for target in _load_targets(set(self._lanes)):
             lane = self._lanes[target.consumer_id]
             if target.endpoint_id != lane.target.endpoint_id or (target.url, target.headers) != (lane.target.url, lane.target.headers):

@@ -29,3 +29,12 @@ def source_server(request: pytest.FixtureRequest, servers: dict[str, Any]) -> An
     if major not in servers:
         servers[major] = Cluster(f"postgres-{major}", SERVERS[major]).start()
     return servers[major]
+
+
+@pytest.fixture
+def quick_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers of this process come round often, so that a test need not wait for them."""
+    from capture import reader
+
+    monkeypatch.setattr(reader, "IDLE_WAIT_S", 0.03)
+    monkeypatch.setattr(reader, "LOOK_AT_WISHES_EVERY_S", 0.03)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from consumers.models import Consumer
-from consumers.store import claims, lifecycle
+from consumers.store import claims, lifecycle, rewinds
 from consumers.store.types import ColumnShape, Failure, LogRow, RelationShape
 from tests.store.test_claims import OID, Log, fetch, unsent
 
@@ -340,6 +340,27 @@ class Engine(RuleBasedStateMachine):
     def pause_or_resume(self) -> None:
         if self.settings["status"] != "disabled":
             self.change(status="paused" if self.settings["status"] == "active" else "active")
+
+    @precondition(lambda self: self.messages)
+    @rule(pick=st.integers(0, 10_000), ahead=st.booleans())
+    def rewind(self, pick: int, ahead: bool) -> None:
+        known = sorted(self.messages)
+        point = known[pick % len(known)] - 1
+        if point >= self.position and not ahead:
+            point = self.position - 1
+        done = rewinds.rewind(self.id, self.log.source.pk, point)
+        moved = point < self.position
+        self.position = min(self.position, point)
+        assert (done.replay_id is not None, done.position) == (moved, self.position)
+        if not moved:
+            return
+        self.drop({id_ for id_ in self.owed if id_ > point})
+        self.valid.clear()
+        for id_ in known:
+            if id_ > point:
+                self.delivered[id_] = 0
+        assert not self.rows().out
+        assert self.settings["status"] == "disabled" or done.messages_estimate == sum(id_ > point and self.wanted(id_) for id_ in known)
 
     @precondition(lambda self: self.owed)
     @rule(really=st.integers(0, 3))

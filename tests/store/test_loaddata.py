@@ -10,7 +10,8 @@ from django.core.management import call_command
 from django.core.management.base import CommandError
 from django.db import connection
 
-from consumers.models import Consumer, HttpEndpoint, Source
+from consumers.models import Backfill, Consumer, HttpEndpoint, Source
+from consumers.store import backfills
 from tests.conftest import SourceDatabase
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -22,7 +23,7 @@ def fixture(source_database: SourceDatabase, tmp_path: Path, monkeypatch: pytest
     source_database.execute("CREATE TABLE orders (id int PRIMARY KEY)")
     monkeypatch.setenv("SHOP_PASSWORD", source_database.password)
 
-    def load(**changes: dict[str, Any]) -> str:
+    def load(backfills: Any = (), **changes: dict[str, Any]) -> str:
         entries = [
             {"model": "consumers.httpendpoint", "fields": {"name": "hooks", "url": "https://example.com/", **changes.get("endpoint", {})}},
             {"model": "consumers.source", "fields": {
@@ -32,6 +33,7 @@ def fixture(source_database: SourceDatabase, tmp_path: Path, monkeypatch: pytest
             {"model": "consumers.consumer", "fields": {
                 "name": "push", "source": ["shop"], "kind": "push", "tables": ["public.orders"], "endpoint": ["hooks"],
                 **changes.get("consumer", {})}},
+            *({"model": "consumers.backfill", "fields": {"consumer": ["push"], "table": "public.orders", **fields}} for fields in backfills),
         ]  # fmt: skip
         path = tmp_path / "shop.json"
         path.write_text(json.dumps(entries))
@@ -57,6 +59,29 @@ def test_loading_makes_everything_and_loading_again_changes_nothing(fixture: Any
     with connection.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM consumer_position")
         assert cursor.fetchone() == (1,)
+
+
+def test_a_backfill_is_begun_once(fixture: Any, source_database: SourceDatabase) -> None:
+    assert fixture([{}, {"start_value": 5, "sort_column": "id"}]) == "5 created, 0 changed, 0 unchanged"
+    first = list(Backfill.objects.order_by("created_at").values_list("pk", "start_value"))
+    assert [value for _, value in first] == [None, "5"]
+    backfills.cancel(first[0][0])
+    assert fixture([{}, {"start_value": 5, "sort_column": "id"}]) == "0 created, 0 changed, 5 unchanged"
+    assert list(Backfill.objects.order_by("created_at").values_list("pk", "start_value")) == first
+    assert fixture([{}, {"start_value": 6, "sort_column": "id"}]) == "1 created, 0 changed, 4 unchanged"
+    for fields, words in (({"table": "public.nowhere"}, "is not one of the consumer's tables"), ({"sort_column": "x"}, "no column x"),
+                          ({"start_value": "x"}, "is no value of id"), ({"status": "paused"}, "status: is not a field"),
+                          ({"consumer": ["nobody"]}, "there is no consumer"), ({"table": 7}, "expected a text")):  # fmt: skip
+        with pytest.raises(CommandError, match=words):
+            fixture([fields])
+    assert Backfill.objects.count() == 3
+
+
+def test_a_consumer_from_the_beginning_is_backfilled_once(fixture: Any) -> None:
+    assert fixture(consumer={"start_from": "beginning"}) == "3 created, 0 changed, 0 unchanged"
+    assert [backfill.table for backfill in Backfill.objects.all()] == ["public.orders"]
+    assert fixture(consumer={"start_from": "beginning"}) == "0 created, 0 changed, 3 unchanged"
+    assert Backfill.objects.count() == 1
 
 
 def test_only_what_differs_is_saved(fixture: Any) -> None:
@@ -94,7 +119,7 @@ def test_a_bad_fixture_is_one_line_and_leaves_nothing(
     ("text", "words"),
     [
         ("{", "is not JSON"), ("{}", "expected a list"), ("[1]", "expected"), ('[{"model": "auth.user", "fields": {}}]', "expected one of"),
-        ('[{"model": "consumers.backfill", "fields": {}}]', "not available in this version"),
+        ('[{"model": "consumers.backfill", "fields": {}}]', "consumer: is required"),
         ('[{"model": "consumers.apitoken", "fields": {"name": "x"}}]', "create_api_token"), ('[{"model": "consumers.source", "fields": {}}]', "name"),
     ],
 )  # fmt: skip

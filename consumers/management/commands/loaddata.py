@@ -1,4 +1,4 @@
-"""`manage.py loaddata FILE…`: set up sources, endpoints and consumers from fixtures.
+"""`manage.py loaddata FILE…`: set up sources, endpoints, consumers and backfills from fixtures.
 
 Django's own loaddata validates nothing and overwrites every field. This one looks each object up by its natural key, sets
 only the fields the fixture names, validates, and saves through `consumers.changes`, so creating has the same effects as in
@@ -22,21 +22,21 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import models, transaction
 
 from consumers import audit, changes
-from consumers.models import ApiToken, Consumer, HttpEndpoint, Source
+from consumers.models import ApiToken, Backfill, Consumer, HttpEndpoint, Source
 from consumers.source_connection import SourceUnreachable
 from consumers.source_setup import Prepared as SourcePrepared
 from consumers.source_setup import drop_slot
 
 Prepared = tuple[Source, SourcePrepared]
 
-MODELS: dict[str, type[Source] | type[HttpEndpoint] | type[Consumer]] = {
+MODELS: dict[str, type[Source] | type[HttpEndpoint] | type[Consumer] | type[Backfill]] = {
     "consumers.source": Source,
     "consumers.httpendpoint": HttpEndpoint,
     "consumers.consumer": Consumer,
+    "consumers.backfill": Backfill,
 }
-LATER = {"consumers.backfill": "backfills are not available in this version"}
+BACKFILL_FIELDS = ("table", "where", "sort_column", "start_value")  # with the consumer they tell backfills apart
 log = logging.getLogger(__name__)
-
 FIXTURE_DIR = "fixtures"
 
 
@@ -96,6 +96,8 @@ def _named(path: Path, number: int, entry: Any) -> Iterator[None]:
 
 def _prepare(entry: Any, prepared: dict[Any, Prepared]) -> None:
     """Make slot and publication of a source that is new, or moves."""
+    if _label(entry) == Backfill._meta.label_lower:
+        return  # it refers to a consumer that may not be saved yet
     model, thing, fields, created = _understand(entry)
     if not isinstance(thing, Source):
         return  # it may refer to what is not saved yet
@@ -151,16 +153,17 @@ def _understand(entry: Any) -> tuple[Any, Any, dict[str, Any], bool]:
     unknown = set(entry) - {"model", "fields", "pk"}
     if unknown:
         raise Refused("", f"unknown member {', '.join(sorted(unknown))}; expected model, fields and perhaps pk")
-    label = str(entry.get("model", "")).lower()
-    if label in LATER:
-        raise Refused("", LATER[label])
+    label = _label(entry)
     if label == ApiToken._meta.label_lower:
         raise Refused("", "tokens are made with create_api_token or in the console, never by a fixture")
     model = MODELS.get(label)
     if model is None:
         raise Refused("model", f"expected one of {', '.join(MODELS)}, got {entry.get('model')!r}")
     fields = {name: _from_environment(name, value) for name, value in entry["fields"].items()}
-    thing, created = _look_up(model, entry.get("pk"), fields)
+    if model is Backfill:
+        thing, created = _look_up_backfill(entry.get("pk"), fields)
+    else:
+        thing, created = _look_up(model, entry.get("pk"), fields)
     return model, thing, fields, created
 
 
@@ -172,6 +175,26 @@ def _load(entry: Any, prepared: dict[Any, Prepared]) -> str:
     for notice in getattr(thing, "notices", ()):
         log.warning("%s: %s%s", thing.name, notice.text, f" – {notice.sql}" if notice.sql else "")
     return "created" if created else "changed"
+
+
+def _label(entry: Any) -> str:
+    return str(entry.get("model", "")).lower() if isinstance(entry, dict) else ""
+
+
+def _look_up_backfill(pk: Any, fields: dict[str, Any]) -> tuple[Backfill, bool]:
+    """The same backfill, whatever has become of it: loading a fixture again begins nothing."""
+    for required in ("consumer", "table"):
+        if fields.get(required) is None:
+            raise Refused(required, "is required")
+    start = fields.get("start_value")
+    if isinstance(start, (int, float)) and not isinstance(start, bool):
+        fields["start_value"] = str(start)
+    consumer = _referred("consumer", Backfill._meta.get_field("consumer"), fields["consumer"])
+    new = Backfill(pk=pk) if pk is not None else Backfill()
+    _assign(Backfill, new, fields, True)
+    same = {name: getattr(new, name) for name in BACKFILL_FIELDS}
+    found = Backfill.objects.filter(consumer=consumer, kind="backfill", **same).order_by("created_at").first()
+    return (found, False) if found is not None else (new, True)
 
 
 def _look_up(model: Any, pk: Any, fields: dict[str, Any]) -> tuple[Any, bool]:
