@@ -15,7 +15,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from consumers import audit, changes, health
-from consumers.admin import charts, client_code, listing
+from consumers.admin import charts, client_code, listing, replay
 from consumers.admin.listing import Wanted
 from consumers.admin.pages import CONFIGURE, OPERATE, VIEW, ask, is_confirmed, needs, page, posted
 from consumers.models import Consumer
@@ -31,7 +31,7 @@ STATES = {
 }  # fmt: skip
 MAX_BATCH = 1_000
 SHAPES_LOOKED_AT = 100
-TABS = ("messages", "rules", "code")
+TABS = ("messages", "rules", "replay", "code")
 
 
 @needs(VIEW)
@@ -41,6 +41,8 @@ def show(request: HttpRequest, pk: UUID) -> HttpResponse:
     context: dict[str, Any] = {"consumer": consumer, "tab": tab if tab in TABS else "messages", **_standing(consumer)}
     if context["tab"] == "code":
         context["examples"] = _examples(request, consumer)
+    elif context["tab"] == "replay":
+        context.update(replay.context(consumer))
     elif context["tab"] == "rules":
         context["columns"] = _columns(consumer)
     else:

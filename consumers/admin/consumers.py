@@ -10,7 +10,7 @@ from django.urls import URLPattern, path, reverse
 from unfold.decorators import display
 
 from consumers import changes, health
-from consumers.admin import consumer_page, creating, message_page, rules
+from consumers.admin import consumer_page, creating, message_page, replay, rules
 from consumers.admin.configuration import ConfigurationAdmin
 from consumers.admin.forms import ConsumerForm
 from consumers.admin.pages import ask, is_confirmed
@@ -52,6 +52,12 @@ class ConsumerAdmin(ConfigurationAdmin):
             path("try/", view(rules.try_new), name="consumers_consumer_try_new"),
             path("<uuid:pk>/try/", view(rules.try_saved), name="consumers_consumer_try"),
             path("<uuid:pk>/rules/", view(rules.save), name="consumers_consumer_rules"),
+            path("<uuid:pk>/rewind/", view(replay.rewind), name="consumers_consumer_rewind"),
+            path("<uuid:pk>/backfill/", view(replay.begin_backfill), name="consumers_consumer_backfill"),
+            path("<uuid:pk>/republish/", view(replay.republish), name="consumers_consumer_republish"),
+            path("<uuid:pk>/republish/look/", view(replay.look), name="consumers_consumer_republish_look"),
+            path("<uuid:pk>/backfills/", view(replay.progress), name="consumers_consumer_backfills"),
+            path("<uuid:pk>/backfills/<uuid:backfill>/<slug:action>/", view(replay.act), name="consumers_consumer_backfill_act"),
             path("<uuid:pk>/messages/", view(consumer_page.live), name="consumers_consumer_messages"),
             path("<uuid:pk>/numbers/", view(consumer_page.numbers), name="consumers_consumer_numbers"),
             path("<uuid:pk>/status/<slug:status>/", view(consumer_page.set_status), name="consumers_consumer_status"),

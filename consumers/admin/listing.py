@@ -196,12 +196,17 @@ def _key(text: str) -> str:
 
 
 def key_text(key: str) -> str:
-    """The key as capture writes it: one column's value, or a JSON list of several."""
+    """The key as capture writes it."""
+    return json.dumps(key_values(key), ensure_ascii=False, separators=(",", ":"))
+
+
+def key_values(key: str) -> list[str]:
+    """What a person wrote: one column's value, or a JSON list of several."""
     if key.startswith("["):
         try:
             values = json.loads(key)
-            if isinstance(values, list):
-                return json.dumps([str(value) for value in values], ensure_ascii=False, separators=(",", ":"))
         except ValueError:
-            pass
-    return json.dumps([key], ensure_ascii=False)
+            return [key]
+        if isinstance(values, list):
+            return [str(value) for value in values]
+    return [key]

@@ -21,7 +21,7 @@ PAGES = [
     "consumers/consumer/add/", "consumers/apitoken/", "consumers/apitoken/add/", "consumers/message/", "consumers/parked/",
     "consumers/attempt/", "auth/user/", "auth/group/", "django_q/failure/", "consumers/auditentry/", "consumers/alertrule/",
     "consumers/alertdestination/", "consumers/alertdestination/add/", "consumers/alertepisode/", "auth/user/add/",
-    "consumers/consumer/{consumer}/", "consumers/consumer/{consumer}/?tab=code", "consumers/consumer/{consumer}/change/",
+    "consumers/consumer/{consumer}/", "consumers/consumer/{consumer}/?tab=code", "consumers/consumer/{consumer}/change/", "consumers/consumer/{consumer}/?tab=replay", "consumers/consumer/{consumer}/?tab=rules",
     "consumers/consumer/{consumer}/?state=parked", "consumers/consumer/{consumer}/messages/?text=n&since=1h",
     "consumers/consumer/{consumer}/numbers/", "consumers/consumer/{consumer}/message/{message}/", "consumers/source/{source}/",
     "consumers/source/{source}/change/", "consumers/source/{source}/numbers/", "consumers/source/{source}/check/",

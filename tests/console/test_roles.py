@@ -57,7 +57,8 @@ def test_each_role_sees_its_pages_and_no_others(log: Log, role: str) -> None:
 
 DONE = {
     "consumers/consumer/{consumer}/status/paused/": ROLES[1:], "consumers/consumer/{consumer}/redrive/retry/": ROLES[1:],
-    "consumers/consumer/{consumer}/status/disabled/": ROLES[2:], "consumers/source/{source}/do/resume/": (),
+    "consumers/consumer/{consumer}/status/disabled/": ROLES[2:], "consumers/consumer/{consumer}/rewind/": ROLES[1:],
+    "consumers/consumer/{consumer}/backfill/": ROLES[1:], "consumers/consumer/{consumer}/republish/": ROLES[1:], "consumers/source/{source}/do/resume/": (),
     "consumers/source/{source}/do/acknowledge_gap/": ROLES[1:], "consumers/source/try/": ROLES[2:],
     "consumers/httpendpoint/{endpoint}/new-secret/": ROLES[2:], "consumers/consumer/try-endpoint/": ROLES[2:],
 }  # fmt: skip
