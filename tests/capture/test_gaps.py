@@ -17,7 +17,7 @@ from capture.reading import Reading
 from consumers import changes
 from consumers.models import Consumer, Source
 from consumers.store import lifecycle
-from delivery.health import sources
+from consumers.health import sources
 from tests.capture.test_servers import source_on
 from tests.capture.world import ForkedReader, await_messages, gap, logged, read_until, reading
 from tests.cluster import Cluster
