@@ -115,7 +115,7 @@ def drain(server: Any, number: int, changes: int, end: int) -> float:
 
 def done(reader: Any, end: int) -> bool:
     """The last transaction ends just below `end`; between transactions, nothing but a few bytes of other WAL is left."""
-    return bool(reader._begin is None and reader._progress.stored_lsn >= end - 65_536)
+    return bool(not reader._transactions.is_open and reader._progress.stored_lsn >= end - 65_536)
 
 
 def recvlogical(program: str, server: Any, number: int, changes: int, end: str) -> float:
