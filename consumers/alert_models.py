@@ -22,7 +22,7 @@ GIGABYTE = 10**9
 # Kind → what it says, threshold, its unit, for how long it must hold in seconds.
 KINDS: dict[str, tuple[str, float | None, str, int]] = {
     "source_failing": ("A source is down, has a gap, or lost its slot", None, "", 30),
-    "retained_wal": ("A slot keeps much WAL on the source's disk", 5 * GIGABYTE, "bytes", 60),
+    "retained_wal": ("A slot keeps much WAL on the source's disk", GIGABYTE, "bytes", 60),
     "capture_lag": ("Capture is behind its source", 300, "seconds", 60),
     "consumer_lag": ("A consumer's oldest undelivered message is old", 900, "seconds", 60),
     "consumer_failing": ("A consumer's messages fail", None, "", 300),
