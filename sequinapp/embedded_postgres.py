@@ -30,6 +30,7 @@ UNPRIVILEGED_USERS = ("postgres", "nobody")
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 8
 PREDECESSOR_S = 15
+ORPHANS = "pre-existing shared memory block"
 PASSING_TROUBLES = ("could not bind", "Address already in use", "already exists", "is still in use")
 SETTINGS = {
     "listen_addresses": "127.0.0.1",
@@ -104,6 +105,8 @@ class EmbeddedPostgres:
             passing = any(text in self._log_tail() for text in PASSING_TROUBLES)
             if not passing or time.monotonic() >= deadline:
                 break
+            if ORPHANS in self._log_tail():
+                self._end_orphans()
             time.sleep(0.2)
         raise ImproperlyConfigured(f"the embedded Postgres did not start; its log {self.log_file} ends: {self._log_tail()}")
 
@@ -131,6 +134,15 @@ class EmbeddedPostgres:
                 os.kill(pid, how)
             except ProcessLookupError:
                 pass
+
+    def _end_orphans(self) -> None:
+        """The postmaster is gone, killed: a backend that is busy does not notice for a while, and nothing starts beside it."""
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if (entry / "cwd").readlink() == self.data.resolve() and (entry / "exe").readlink().name.startswith("postgres"):
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except OSError:
+                continue
 
     def _initialise(self, binaries: Path, user: pwd.struct_passwd | None) -> None:
         _make_directory(self.home, 0o711 if user else 0o700)
