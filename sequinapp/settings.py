@@ -110,8 +110,8 @@ def _database() -> dict[str, Any]:
         database = EmbeddedPostgres(ENV.home).django_database()
     database["CONN_MAX_AGE"] = 0 if IS_WEB else None
     database["OPTIONS"] = {"connect_timeout": 10, **database.get("OPTIONS", {})}
-    database["CONN_HEALTH_CHECKS"] = IS_WEB  # a connection from the pool may be older than the server
     if IS_WEB:
+        database["ENGINE"] = "sequinapp.postgres"  # a connection from the pool may be older than the server
         # A long poll gives its connection back, so a few serve a thousand waiters.
         database["OPTIONS"]["pool"] = {"min_size": 2, "max_size": WEB_POOL_SIZE, "timeout": 10}
     return database

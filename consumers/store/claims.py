@@ -26,7 +26,8 @@ SCAN_MS = 250  # one claim's budget; past it the answer is empty although the en
 MAX_CLAIM_BYTES = 16 * 1024 * 1024  # of rows in one claim; a larger message comes alone
 RECEIPT_BYTES = 24  # token 16, id 8
 
-_CLAIM_SQL = (
+_CLAIM_SQL = "SELECT * FROM sequin_claim(%s, %s, %s, %s, %s, %s)"
+_CLAIM_JUDGED_SQL = (
     "SELECT * FROM sequin_claim(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::bigint[],"
     " %s::bigint[], %s::bigint[])"
 )
@@ -43,8 +44,13 @@ def claim(consumer_id: UUID, limit: int, *, lease_ms: int, holder: UUID | None =
     deadline = time.monotonic() + SCAN_MS / 1000
     while True:
         scout = scouts.of(consumer_id)
-        verdicts = NONE_NEEDED if scout is None else scout.verdicts(limit, deadline)
-        rows = _fetch(_CLAIM_SQL, [consumer_id, limit, lease_ms, holder, SCAN_ROWS, MAX_CLAIM_BYTES, *map(_parameter, verdicts[:-1])])
+        parameters: list[Any] = [consumer_id, limit, lease_ms, holder, SCAN_ROWS, MAX_CLAIM_BYTES]
+        if scout is None:
+            verdicts = NONE_NEEDED
+            rows = _fetch(_CLAIM_SQL, parameters)
+        else:
+            verdicts = scout.verdicts(limit, deadline)
+            rows = _fetch(_CLAIM_JUDGED_SQL, [*parameters, *map(_parameter, verdicts[:-1])])
         token, at_end, next_due_ms, reached, needs_verdicts = rows[0][:5]
         if needs_verdicts:
             scouts.renew(consumer_id)  # the consumer was edited
@@ -171,7 +177,12 @@ def _judged_again(
 
 def _acknowledge(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]], *, filtered: bool) -> Settled:
     tokens, ids = _columns(receipts, 2)
-    rows = _fetch("SELECT * FROM sequin_ack(%s, %s::uuid[], %s::bigint[], %s)", [consumer_id, tokens, ids, filtered])
+    if tokens and tokens.count(tokens[0]) == len(tokens):
+        # One claim's messages, as nearly always: its token is written once.
+        query = "SELECT * FROM sequin_ack(%s, array_fill(%s::uuid, ARRAY[%s::integer]), %s::bigint[], %s)"
+        rows = _fetch(query, [consumer_id, tokens[0], len(tokens), ids, filtered])
+    else:
+        rows = _fetch("SELECT * FROM sequin_ack(%s, %s::uuid[], %s::bigint[], %s)", [consumer_id, tokens, ids, filtered])
     return Settled(*rows[0])
 
 
@@ -197,12 +208,15 @@ def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[list[Any]]:
 
 def _fetch(query: str, parameters: list[Any]) -> list[tuple[Any, ...]]:
     """Through Django's connection, but prepared on the server: the hot calls would else be parsed each time."""
-    connection.ensure_connection()
+    if connection.connection is None:
+        connection.ensure_connection()
     raw: psycopg.Connection[Any] = connection.connection
     raw.prepare_threshold = 0
-    with connection.wrap_database_errors, psycopg.Cursor(raw) as cursor:
-        cursor.execute(query, parameters)
-        return cursor.fetchall()
+    try:
+        return psycopg.Cursor(raw).execute(query, parameters).fetchall()
+    except psycopg.Error:
+        with connection.wrap_database_errors:
+            raise
 
 
 def _messages(rows: list[tuple[Any, ...]], undecided: frozenset[int]) -> list[ClaimedMessage]:
@@ -211,8 +225,9 @@ def _messages(rows: list[tuple[Any, ...]], undecided: frozenset[int]) -> list[Cl
         found = _fetch("SELECT id, schema_name, table_name FROM relation_version WHERE id = ANY (%s)", [list(missing)])
         _relation_names.update({row[0]: (row[1], row[2]) for row in found})
     messages = []
+    source = rows[0][7]  # with the token in the first row alone
     for (
-        _, _, _, _, _, fresh, _, source, id_, count, group, group2, max_batch, relation, action, record, changes, key, commit_lsn,
+        _, _, _, _, _, fresh, _, _, id_, count, group, group2, max_batch, relation, action, record, changes, key, commit_lsn,
         commit_idx, committed_at, epoch, unchanged, old_values_known, notes, backfill, replay,
     ) in rows:  # fmt: skip
         schema, table = _relation_names[relation]

@@ -714,7 +714,7 @@ begin
         if v_pos.out_count > 0 then
             v_out := array(select sequin_groups_out(p_consumer));
         end if;
-        v_window := greatest(v_room, 16);
+        v_window := greatest(v_room, 4);
         loop
             if v_judged then
                 -- Judged already; what others took meanwhile lies before the position.
@@ -893,15 +893,15 @@ begin
           into v_ids, v_grps, v_grp2s, v_counts, v_batches, v_fresh
           from unnest(v_ids, v_grps, v_grp2s, v_counts, v_batches, v_fresh) u(id, grp, grp2, n, b, fresh);
     end if;
+    if v_dropped <> '{}' then
+        perform sequin_promote(p_consumer, array_remove(v_dropped, null));
+    end if;
     if v_ids <> '{}' then
         v_token := gen_random_uuid();
         insert into leases (token, consumer, source, until, ids, grps, grp2s, counts, holder)
         values (v_token, p_consumer, v_pos.source, clock_timestamp() + p_lease_ms * interval '1 ms',
                 v_ids, v_grps, v_grp2s, v_counts, p_holder)
         returning leases.id into v_lease;
-    end if;
-    if v_dropped <> '{}' then
-        perform sequin_promote(p_consumer, array_remove(v_dropped, null));
     end if;
     update consumer_position p
        set version = v_pos.version + 1, position = v_position, out_count = v_pos.out_count + cardinality(v_ids),
@@ -947,7 +947,8 @@ begin
     if not v_from_parked then
         -- All of one stretch of the log: the partitions that hold it are known before the scan begins.
         return query
-            select v_token, v_end, null::bigint, v_position, false, false, v_version, m.source, m.id, 1, v_grps[m.n], v_grp2s[m.n], null::integer, m.relation, m.action, m.record,
+            select case when m.n = 1 then v_token end, v_end, null::bigint, v_position, false, false, v_version,
+                   case when m.n = 1 then m.source end, m.id, 1, v_grps[m.n], v_grp2s[m.n], null::integer, m.relation, m.action, m.record,
                    m.changes, m.key, m.commit_lsn, m.commit_idx,
                    to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged,
                    m.old_values_known, m.annotations, m.backfill,
@@ -958,12 +959,13 @@ begin
         return;
     end if;
     return query
-        select v_token, v_end, null::bigint, v_position, false, u.fresh, v_version, m.source, m.id, u.n, u.grp, u.grp2, u.b, m.relation, m.action, m.record,
+        select case when u.o = 1 then v_token end, v_end, null::bigint, v_position, false, u.fresh, v_version,
+               case when u.o = 1 then m.source end, m.id, u.n, u.grp, u.grp2, u.b, m.relation, m.action, m.record,
                m.changes, m.key, m.commit_lsn, m.commit_idx,
                to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged,
                m.old_values_known, m.annotations, m.backfill,
                coalesce(m.replay, case when m.id > v_pos.replay_from and m.id <= v_pos.replay_to then v_pos.replay end)
-        from unnest(v_ids, v_counts, v_grps, v_grp2s, v_batches, v_fresh) u(id, n, grp, grp2, b, fresh)
+        from unnest(v_ids, v_counts, v_grps, v_grp2s, v_batches, v_fresh) with ordinality u(id, n, grp, grp2, b, fresh, o)
         -- one probe a message: what was parked may lie millions of ids before what was not
         cross join lateral (
             select * from messages x where x.source = v_pos.source and x.id = u.id
