@@ -279,7 +279,7 @@ declare
     v_old     text[];   -- rows without a key as they were
     v_changed boolean;
 begin
-    select p.* into v_pos from consumer_position p where p.consumer = p_backfill.consumer;
+    select p.* into v_pos from consumer_position p where p.consumer = p_backfill.consumer order by p.version desc limit 1;
     select array(select case a when 'insert' then 'I' when 'update' then 'U' when 'delete' then 'D' when 'truncate' then 'T'
                         end::"char" from unnest(c.actions) a) into v_actions
       from consumers_consumer c where c.id = p_backfill.consumer;
