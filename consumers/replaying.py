@@ -79,6 +79,14 @@ def republish_from_log(consumer: Consumer, where: str, since: datetime | None, u
     return begun
 
 
+def republish_messages(consumer: Consumer, ids: list[int]) -> int:
+    """Deliver these messages of the log once more. Returns how many the log still has."""
+    replay_id = uuid4()
+    with transaction.atomic():
+        audit.record("republish", consumer, len(ids), ids=ids[:20], replay_id=replay_id)
+        return rewinds.copy(consumer.pk, consumer.source_id, ids, replay_id)
+
+
 def republish_from_table(consumer: Consumer, where: str, table: str | None) -> Begun:
     """Deliver the rows that match of the consumer's tables, or of one, as they are now. Raises ValidationError."""
     begun = Begun(uuid4(), [])

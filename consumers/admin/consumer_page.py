@@ -14,7 +14,7 @@ from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
 from django.utils import timezone
 
-from consumers import audit, changes, health
+from consumers import audit, changes, health, replaying
 from consumers.admin import charts, client_code, listing, replay
 from consumers.admin.listing import Wanted
 from consumers.admin.pages import CONFIGURE, OPERATE, VIEW, ask, is_confirmed, needs, page, posted
@@ -95,12 +95,12 @@ def set_status(request: HttpRequest, pk: UUID, status: str) -> HttpResponse:
 @posted
 @needs(OPERATE)
 def redrive(request: HttpRequest, pk: UUID, action: str) -> HttpResponse:
-    """Retry or discard: the messages ticked, or all in a state. Discarding, and all of a state, ask first."""
+    """Retry, discard or republish: the messages ticked, or all in a state. Discarding, and all of a state, ask first."""
     consumer = _find(pk)
     back = _local(request.POST.get("back")) or reverse("admin:consumers_consumer_page", args=[pk])
     ids = [int(text) for text in request.POST.getlist("id")[:MAX_BATCH] if re.fullmatch(r"\d{1,18}", text)]
     state = request.POST.get("state")
-    if not ids and state not in ("parked", "dead"):
+    if not ids and (action == "republish" or state not in ("parked", "dead")):
         messages.warning(request, "Nothing was chosen.")
         return redirect(back)
     if not is_confirmed(request) and (action == "discard" or not ids):
@@ -112,6 +112,10 @@ def redrive(request: HttpRequest, pk: UUID, action: str) -> HttpResponse:
             request, title=f"{verb} messages", back=back, button=f"{verb} {count:,}",
             question=f"{verb} {counted(count, which)} of {consumer.name}? {tail}",
         )  # fmt: skip
+    if action == "republish":
+        count = replaying.republish_messages(consumer, ids)
+        messages.success(request, f"{counted(count, 'message')} to be delivered once more." if count else "The log has it no more.")
+        return redirect(back)
     act = lifecycle.discard if action == "discard" else lifecycle.retry
     count = act(pk, ids) if ids else act(pk, state=state)
     audit.record(action, consumer, count, **({"state": state} if not ids else {"ids": ids[:20]}))

@@ -65,6 +65,7 @@ def show(request: HttpRequest, pk: UUID, message_id: int) -> HttpResponse:
         key=", ".join(json.loads(message.key)) or "–", idempotency_key=idempotency_key(message),
         curl=_curl(consumer, message, tried.payload.decode() if tried and tried.payload else payload) if consumer.endpoint else "",
         may_operate=request.user.has_perm(OPERATE), is_stuck=standing.state in ("retry", "blocked", "error", "dead"),
+        is_done=standing.state in ("delivered", "passed"),
         back=reverse("admin:consumers_consumer_page", args=[pk]), here=request.path,
     )  # fmt: skip
 

@@ -463,6 +463,27 @@ language sql stable set enable_seqscan = off set enable_bitmapscan = off set ena
           from messages m where m.source = p_source and m.id > p_after and m.id <= p_to order by m.id limit p_count) x
 $$;
 
+-- Append copies of these messages (ascending ids) for one consumer; the caller has begun nothing that locks before. Returns how many.
+create function sequin_copy(p_consumer uuid, p_source uuid, p_sequence_lock bigint, p_ids bigint[], p_replay uuid) returns integer
+language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
+declare
+    v_rows integer;
+begin
+    perform pg_advisory_xact_lock_shared(p_sequence_lock);
+    perform from capture_progress x where x.source = p_source for no key update;
+    insert into messages (source, relation, table_oid, action, key, old_key, xid, commit_lsn, commit_idx, committed_at, epoch,
+                          record, changes, unchanged, old_values_known, annotations, consumer, backfill, replay)
+    select m.source, m.relation, m.table_oid, m.action, m.key, m.old_key, m.xid, m.commit_lsn, m.commit_idx, m.committed_at,
+           m.epoch, m.record, m.changes, m.unchanged, m.old_values_known, m.annotations, p_consumer, m.backfill, p_replay
+    from messages m where m.source = p_source and m.id = any (p_ids) and m.id >= p_ids[1] and m.id <= p_ids[cardinality(p_ids)]
+      and (m.consumer is null or m.consumer = p_consumer)
+    order by m.id;
+    get diagnostics v_rows = row_count;
+    update capture_progress x set messages = x.messages + v_rows where x.source = p_source;
+    perform pg_notify('sequin_consumer', p_consumer::text);
+    return v_rows;
+end $$;
+
 -- Append copies of these messages for the consumer of a republish, and move it on to p_place. `outcome`: appended; completed,
 -- with it; lost, as somebody else works on it or it was paused or cancelled.
 create function sequin_append_copies(p_backfill uuid, p_holder uuid, p_sequence_lock bigint, p_ids bigint[], p_place bigint,
@@ -479,17 +500,7 @@ begin
         return;
     end if;
     if p_ids <> '{}' then
-        perform pg_advisory_xact_lock_shared(p_sequence_lock);
-        perform from capture_progress x where x.source = b.source for no key update;
-        insert into messages (source, relation, table_oid, action, key, old_key, xid, commit_lsn, commit_idx, committed_at, epoch,
-                              record, changes, unchanged, old_values_known, annotations, consumer, backfill, replay)
-        select m.source, m.relation, m.table_oid, m.action, m.key, m.old_key, m.xid, m.commit_lsn, m.commit_idx, m.committed_at,
-               m.epoch, m.record, m.changes, m.unchanged, m.old_values_known, m.annotations, b.consumer, m.backfill, b.replay
-        from messages m where m.source = b.source and m.id = any (p_ids) and m.id >= p_ids[1] and m.id <= p_ids[cardinality(p_ids)]
-        order by m.id;
-        get diagnostics v_rows = row_count;
-        update capture_progress x set messages = x.messages + v_rows where x.source = b.source;
-        perform pg_notify('sequin_consumer', b.consumer::text);
+        v_rows := sequin_copy(b.consumer, b.source, p_sequence_lock, p_ids, b.replay);
     end if;
     update backfills x
        set rows_done = x.rows_done + v_rows, place = to_jsonb(p_place), reason = '',

@@ -12,6 +12,8 @@ from uuid import UUID, uuid4
 
 from django.db import connection
 
+from consumers.store.partitions import SEQUENCE_LOCK
+
 LOOKED_AT = 20_000  # messages; how many come after a longer way is estimated from so many
 
 
@@ -105,6 +107,11 @@ def rewind(consumer_id: UUID, source_id: UUID, position: int) -> Rewound:
         raise OutOfReach("the log does not reach back so far", oldest(source_id))
     messages, first = _fetch("SELECT * FROM sequin_estimate(%s, %s)", [consumer_id, LOOKED_AT])[0]
     return Rewound(replay_id if moved else None, int(now), int(messages), first)
+
+
+def copy(consumer_id: UUID, source_id: UUID, ids: Sequence[int], replay_id: UUID) -> int:
+    """Let these messages of the log be delivered once more, as they were, behind everything else. Returns how many it still has."""
+    return int(_value("SELECT sequin_copy(%s, %s, %s, %s::bigint[], %s)", [consumer_id, source_id, SEQUENCE_LOCK, sorted(ids), replay_id]))
 
 
 def tables_of(consumer_id: UUID) -> list[str]:

@@ -88,3 +88,20 @@ def test_a_republish_is_counted_and_shown_before_it_begins(console: Client, make
     assert "on its way" in console.post(f"{base}republish/", {"from": "log", "where": "id >= 2"}, follow=True).content.decode()
     (begun,) = Backfill.objects.filter(consumer=consumer.pk)
     assert begun.kind == "republish" and AuditEntry.objects.filter(action="republish", actor="user admin").exists()
+
+
+def test_one_message_is_delivered_once_more(console: Client, log: Log) -> None:
+    consumer = log.consumer()
+    log.append(*[log.row(key) for key in (1, 2)])
+    first = take(consumer)
+    url = f"/admin/consumers/consumer/{consumer}/"
+    assert "Deliver once more" not in console.get(f"{url}message/{first.messages[0].id}/").content.decode()
+    claims.ack(consumer, receipts(first))
+    assert "Deliver once more" in console.get(f"{url}message/{first.messages[0].id}/").content.decode()
+    console.post(f"{url}redrive/republish/", {"id": first.messages[0].id})
+    log.append(log.row(3))
+    again = take(consumer).messages
+    assert [message.key for message in again] == ['["1"]', '["3"]'] and again[0].commit_lsn == first.messages[0].commit_lsn
+    assert again[0].replay_id is not None and again[1].replay_id is None
+    assert AuditEntry.objects.get(action="republish").count == 1
+    assert "The log has it no more" in console.post(f"{url}redrive/republish/", {"id": 10**15}, follow=True).content.decode()
