@@ -62,10 +62,11 @@ class Readers:
             while not self._stopping:
                 try:
                     self._look()
+                    self._pause(early=True)
                 except DatabaseError as error:
                     log.warning("the store is away: %s", " ".join(str(error).split())[:200])
                     connection.close()
-                self._pause()
+                    self._pause(early=False)
         finally:
             self._stop_all()
 
@@ -138,10 +139,11 @@ class Readers:
         except psycopg.Error as error:
             log.warning("log maintenance failed, tried again in %s s: %s", int(MAINTAIN_EVERY_S), error)
 
-    def _pause(self) -> None:
+    def _pause(self, *, early: bool) -> None:
+        """`early`: not longer than all readers live."""
         deadline = time.monotonic() + LOOK_EVERY_S
         while not self._stopping and time.monotonic() < deadline:
-            if any(child.process.poll() is not None for child in self._children.values()):
+            if early and any(child.process.poll() is not None for child in self._children.values()):
                 time.sleep(0.05)
                 return
             time.sleep(0.1)

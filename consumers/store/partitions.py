@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 PARTITION_IDS = 1_000_000
 AHEAD_IDS = 1_000_000  # there is always room for so many more messages
-PARTITION_LOCK = 0x5E9_0001  # advisory: one process makes or drops partitions at a time
+PARTITION_LOCK = 0x5E9_0001  # advisory: one process makes partitions at a time
+MAINTENANCE_LOCK = 0x5E9_0003  # advisory: one process maintains at a time; that may take long, so no append ever waits for it
 SEQUENCE_LOCK = 0x5E9_0002  # advisory: appends hold it shared, a jump of the sequence alone
 CUTS_PER_RETENTION = 8
 
@@ -25,13 +26,16 @@ Connection = psycopg.Connection[Any]
 
 
 def ensure_ahead(conn: Connection) -> None:
-    """Make partitions until there is room for AHEAD_IDS more ids."""
+    """Make partitions until there is room for AHEAD_IDS more ids. While another makes them, half of that will do."""
     with conn.transaction():
-        conn.execute("SELECT pg_advisory_xact_lock(%s)", [PARTITION_LOCK])
-        last = _last_id(conn)
-        row = conn.execute("SELECT coalesce(max(to_id), 0) FROM log_partition").fetchone()
-        assert row is not None
-        top = int(row[0])
+        last, top = _last_id(conn), _top(conn)
+        if top - last >= AHEAD_IDS:
+            return
+        lock = "pg_try_advisory_xact_lock" if top - last >= AHEAD_IDS // 2 else "true from pg_advisory_xact_lock"
+        locked = conn.execute(f"SELECT {lock}(%s)", [PARTITION_LOCK]).fetchone()
+        if not locked or not locked[0]:
+            return
+        last, top = _last_id(conn), _top(conn)
         while top - last < AHEAD_IDS:
             _create(conn, top, top + PARTITION_IDS)
             top += PARTITION_IDS
@@ -42,7 +46,7 @@ def maintain(conn: Connection, retention: timedelta) -> list[str]:
 
     Safe to call from any number of processes; those that come second do nothing. `conn` must be in autocommit.
     """
-    locked = conn.execute("SELECT pg_try_advisory_lock(%s)", [PARTITION_LOCK]).fetchone()
+    locked = conn.execute("SELECT pg_try_advisory_lock(%s)", [MAINTENANCE_LOCK]).fetchone()
     if not locked or not locked[0]:
         return []
     try:
@@ -58,11 +62,17 @@ def maintain(conn: Connection, retention: timedelta) -> list[str]:
         _trim_attempts(conn)
         return dropped
     finally:
-        conn.execute("SELECT pg_advisory_unlock(%s)", [PARTITION_LOCK])
+        conn.execute("SELECT pg_advisory_unlock(%s)", [MAINTENANCE_LOCK])
 
 
 def _last_id(conn: Connection) -> int:
     row = conn.execute("SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM messages_id").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def _top(conn: Connection) -> int:
+    row = conn.execute("SELECT coalesce(max(to_id), 0) FROM log_partition").fetchone()
     assert row is not None
     return int(row[0])
 
@@ -201,7 +211,8 @@ def _trim_attempts(conn: Connection) -> None:
     """Keep the failures of a week and the last 1,000 successes of each consumer."""
     conn.execute("DELETE FROM attempts WHERE NOT ok AND at < now() - interval '7 days'")
     conn.execute(
-        "DELETE FROM attempts a USING (SELECT c.consumer, (SELECT id FROM attempts x WHERE x.consumer = c.consumer AND x.ok"
-        " ORDER BY id DESC OFFSET 1000 LIMIT 1) AS below FROM (SELECT DISTINCT consumer FROM attempts) c) old"
-        " WHERE a.consumer = old.consumer AND a.ok AND a.id <= old.below"
+        # Materialized: a plan made for an empty table looks each consumer's thousandth up for every row.
+        "WITH old AS MATERIALIZED (SELECT c.consumer, (SELECT id FROM attempts x WHERE x.consumer = c.consumer AND x.ok"
+        " ORDER BY id DESC OFFSET 1000 LIMIT 1) AS below FROM (SELECT DISTINCT consumer FROM attempts) c)"
+        " DELETE FROM attempts a USING old WHERE a.consumer = old.consumer AND a.ok AND a.id <= old.below"
     )

@@ -11,7 +11,7 @@ from django.db import connection
 
 from consumers.store import claims, lifecycle
 from consumers.store.connection import store_connection
-from consumers.store.partitions import AHEAD_IDS, PARTITION_IDS, maintain
+from consumers.store.partitions import AHEAD_IDS, MAINTENANCE_LOCK, PARTITION_IDS, PARTITION_LOCK, maintain
 from consumers.store.types import Failure
 from tests.store.test_claims import Log, fetch, keys, receipts, take
 
@@ -50,6 +50,21 @@ def test_there_is_always_room_ahead(log: Log, store: psycopg.Connection[Any]) ->
         cursor.execute("SELECT setval('messages_id', %s)", [top - 5])
     log.append(*[log.row(key) for key in range(20)])
     assert fetch("SELECT max(to_id) FROM log_partition")[0][0] >= top + PARTITION_IDS
+
+
+def test_an_append_waits_neither_for_maintenance_nor_while_another_makes_partitions(log: Log, store: psycopg.Connection[Any]) -> None:
+    log.append(log.row(1))
+    top = fetch("SELECT max(to_id) FROM log_partition")[0][0]
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT setval('messages_id', %s)", [top - AHEAD_IDS + 10])  # something is to be made, and not at once
+    with store.transaction():
+        for lock in (MAINTENANCE_LOCK, PARTITION_LOCK):
+            store.execute("SELECT pg_advisory_xact_lock(%s)", [lock])
+        log.appender._conn.execute("SET statement_timeout = '5s'")
+        log.append(log.row(2))
+        assert fetch("SELECT max(to_id) FROM log_partition")[0][0] == top
+    maintain(store, timedelta(days=7))
+    assert fetch("SELECT max(to_id) FROM log_partition")[0][0] > top
 
 
 def test_a_delivered_partition_goes_and_ids_go_on(log: Log, store: psycopg.Connection[Any]) -> None:
