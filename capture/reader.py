@@ -21,7 +21,7 @@ from capture.surroundings import Slot
 from capture.tables import Tables
 from capture.transactions import Diverged, Transactions
 from consumers.models import Source
-from consumers.preflight_tables import unmet
+from consumers.preflight_tables import complaints
 from consumers.source_connection import APPLICATION_NAME, conninfo, connect, cut_after
 from consumers.store.appender import Appender
 from consumers.store.types import Progress, Proof
@@ -36,6 +36,7 @@ REACH_EVERY_S = 1.0
 LOOK_AT_WISHES_EVERY_S, HURRY_WAIT_S = 0.4, 0.04
 LOOK_EVERY_S = 10.0
 LOOK_AT_TABLES_EVERY_S = 60.0
+LOCK_WITHIN_MS = 1_000  # while a table is locked, by an ALTER TABLE that takes long for one, what wants to look at it comes again later
 
 
 class NoRoom(Exception):
@@ -76,7 +77,7 @@ class Reader:
         self._wanted_at = 0.0
         self._next_xid = 0
         self._in_recovery = False
-        self._unmet: tuple[str, ...] = ()  # what consumers ask for and do not get
+        self._complaints: tuple[str, ...] = ()  # what is wrong with the publication's tables
 
     @property
     def stored(self) -> tuple[int, int]:
@@ -85,7 +86,7 @@ class Reader:
 
     def run(self) -> None:
         """Raises SlotUnusable, NoRoom, SlotActive and StreamEnded, SourceUnreachable, ProgressMoved and psycopg's errors."""
-        with connect(self.source) as control:
+        with connect(self.source, lock_timeout_ms=LOCK_WITHIN_MS) as control:
             self._encoding = surroundings.encoding(control)
             self._catalog = Catalog(control, self._encoding, self.source.publication_name)
             converted = self._encoding != SQL_ASCII
@@ -230,9 +231,12 @@ class Reader:
             return
         self._tables_at = now
         before = membership.from_json(self._appender.known_tables())
-        with cut_after(control.fileno(), surroundings.LOOK_WITHIN_S):
-            seen = surroundings.look_at_tables(control, self.source.publication_name, self._encoding, before)
-            self._unmet = tuple(unmet(control, self.source))
+        try:
+            with cut_after(control.fileno(), surroundings.LOOK_WITHIN_S):
+                seen = surroundings.look_at_tables(control, self.source.publication_name, self._encoding, before)
+                self._complaints = tuple(complaints(control, self.source))
+        except psycopg.errors.LockNotAvailable:
+            return
         for told in membership.happened(before, seen):
             log.warning("publication changed source=%s table=%s: %s", self.source.name, told.table, told.text)
             if told.gap:
@@ -243,7 +247,7 @@ class Reader:
 
     def _tell(self, slot: Slot) -> None:
         """Report the slot's state, and what else people should know although all is well."""
-        self._report(slot._replace(warnings=slot.warnings + self._unmet))
+        self._report(slot._replace(warnings=slot.warnings + self._complaints))
 
     def _beat_on_source(self, control: psycopg.Connection[Any], slot: Slot) -> None:
         """Where the server writes but nothing lets us get on, a message of ours does: WAL is not kept for nothing."""

@@ -92,6 +92,8 @@ def look_at_slot(control: psycopg.Connection[Any], source: Source) -> Slot:
     if not has_publication:
         raise publication_missing(source.publication_name)
     warnings = _retained_warnings(int(retained or 0), wal_status, setting_bytes(cap) if cap else None)
+    if warnings and int(here or 0) - int(confirmed or 0) < int(retained or 0) / 2 and (why := _oldest_transaction(control)):
+        warnings = (f"{warnings[0]}. {why}", *warnings[1:])
     return Slot(int(confirmed or 0), int(retained or 0), int(here or 0), int(xid), bool(recovering), warnings)
 
 
@@ -101,6 +103,15 @@ def idle_limit(control: psycopg.Connection[Any]) -> tuple[str, ...]:
         "SELECT setting || ' ' || coalesce(unit, '') FROM pg_settings WHERE name = 'idle_replication_slot_timeout' AND setting <> '0'"
     ).fetchone()
     return () if row is None else (f"idle_replication_slot_timeout is {row[0].strip()}: paused for longer, the slot is lost",)
+
+
+def _oldest_transaction(control: psycopg.Connection[Any]) -> str | None:
+    """Who keeps WAL although all of it was read: an open transaction may still be committed, and is sent only then."""
+    row = control.execute(
+        "SELECT pid, extract(epoch FROM clock_timestamp() - xact_start)::int FROM pg_stat_activity WHERE backend_xid IS NOT NULL"
+        " AND datname = current_database() ORDER BY xact_start LIMIT 1"
+    ).fetchone()
+    return None if row is None else f"A transaction of process {row[0]} has been open for {row[1]} s: until it ends the server keeps it"
 
 
 def _retained_warnings(retained: int, wal_status: str | None, cap: int | None) -> tuple[str, ...]:

@@ -21,12 +21,13 @@ from consumers.source_connection import SourceUnreachable, conninfo, connect, re
 PLUGIN = "pgoutput"
 OLDEST = 130_000
 SLOTS_SPARE = 2
+LOCK_WITHIN_MS = 2_000
 RETAINED_ALARM_BYTES = 10**9
 
 
 def check(source: Source) -> list[Finding]:
     """Every finding about the source. Raises SourceUnreachable."""
-    with connect(source) as conn:
+    with connect(source, lock_timeout_ms=LOCK_WITHIN_MS) as conn:
         server = read_server(conn, source)
         found = [
             *_check_server(conn, source, server), *_check_role(conn, source, server), *_check_replication(conn, source, server),
@@ -48,6 +49,9 @@ def findings(source: Source) -> list[Finding]:
         return [reached, *check(source)]
     except SourceUnreachable as error:
         return [Finding("reachable", False, True, str(error))]
+    except psycopg.Error as error:
+        more = ": a table is locked, try again" if isinstance(error, psycopg.errors.LockNotAvailable) else ""
+        return [Finding("checked", False, False, f"the check could not be finished ({reason_of(error, source)}){more}")]
 
 
 def check_wal_level(server: Server) -> Finding:

@@ -42,8 +42,7 @@ def check_publication(conn: psycopg.Connection[Any], source: Source, server: Ser
 def check_tables(conn: psycopg.Connection[Any], source: Source, server: Server, consumers: Iterable[Consumer]) -> Iterator[Finding]:
     asked = list(consumers)
     tables = published(conn, source.publication_name)
-    for _, why, mend in identity_problems(conn, source.publication_name, tables):
-        yield Finding("replica_identity", False, False, f"{why}: its UPDATEs and DELETEs fail while it is published", mend)
+    yield from _check_identity(conn, source, tables)
     if server.version >= 150_000:
         yield from _check_lists_and_filters(conn, source)
     yield from _check_asked(conn, source, asked)
@@ -51,13 +50,19 @@ def check_tables(conn: psycopg.Connection[Any], source: Source, server: Server, 
     yield from _check_select(conn, source, tables)
 
 
-def unmet(conn: psycopg.Connection[Any], source: Source) -> list[str]:
-    """What consumers ask for and do not get, one sentence each."""
+def complaints(conn: psycopg.Connection[Any], source: Source) -> list[str]:
+    """What is wrong with the tables while they are captured, one sentence each: asked for and not sent, or updates that fail."""
     consumers = Consumer.objects.filter(source=source.pk).exclude(status="disabled").order_by("name")
     said = [finding.text for finding in _check_asked(conn, source, list(consumers))]
-    if not said and consumers and not published(conn, source.publication_name):
+    tables = published(conn, source.publication_name)
+    if not said and consumers and not tables:
         said.append(f"the publication {source.publication_name} publishes no table")
-    return said
+    return said + [finding.text for finding in _check_identity(conn, source, tables)]
+
+
+def _check_identity(conn: psycopg.Connection[Any], source: Source, tables: list[str]) -> Iterator[Finding]:
+    for _, why, mend in identity_problems(conn, source.publication_name, tables):
+        yield Finding("replica_identity", False, False, f"{why}: its UPDATEs and DELETEs fail while it is published", mend)
 
 
 def _check_asked(conn: psycopg.Connection[Any], source: Source, consumers: list[Consumer]) -> Iterator[Finding]:

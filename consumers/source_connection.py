@@ -90,11 +90,11 @@ def conninfo(
     return make_conninfo("", **{name: value for name, value in parameters.items() if value is not None})
 
 
-def connect(source: SourceParameters, *, statement_timeout_ms: int = 30_000) -> psycopg.Connection[Any]:
+def connect(source: SourceParameters, *, statement_timeout_ms: int = 30_000, lock_timeout_ms: int = 0) -> psycopg.Connection[Any]:
     """Open an ordinary connection in autocommit. Raises SourceUnreachable."""
     try:
         connection = psycopg.connect(conninfo(source), autocommit=True)
-        connection.execute(f"SET statement_timeout = {int(statement_timeout_ms)}")
+        connection.execute(f"SET statement_timeout = {int(statement_timeout_ms)}; SET lock_timeout = {int(lock_timeout_ms)}")
         if connection.info.server_version >= 140_000:  # which brought it; a role may have it set
             connection.execute("SET idle_session_timeout = 0")
     except (psycopg.Error, UnicodeError) as error:

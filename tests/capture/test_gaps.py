@@ -12,6 +12,7 @@ import pytest
 from django.core.exceptions import ValidationError
 from django.db import connection
 
+from capture import surroundings
 from capture.reading import Reading
 from consumers import changes
 from consumers.models import Consumer, Source
@@ -304,6 +305,24 @@ def test_a_paused_source_is_watched(source: Source, source_database: SourceDatab
         source_database.execute("SELECT pg_drop_replication_slot(%s)", [source.slot_name])
         wait_until(lambda: judged().status == "failing", 20, "the lost slot")
     assert len(logged()) == 1, "nothing is read"
+
+
+def test_wal_that_an_open_transaction_keeps_is_laid_to_it(source: Source, source_database: SourceDatabase, monkeypatch: Any) -> None:
+    monkeypatch.setattr("capture.surroundings.RETAINED_ALARM_BYTES", 1_000_000)
+    with source_database.connect(autocommit=False) as older, source_database.connect() as control:
+        older.execute("INSERT INTO t VALUES (1)")
+        source_database.execute("SELECT pg_logical_emit_message(false, 'x', repeat('x', 3000000))")
+        source_database.execute("INSERT INTO t VALUES (2)")
+        with reading(source):
+            def caught_up() -> bool:
+                slot = surroundings.look_at_slot(control, source)
+                return bool(slot.warnings) and slot.source_lsn - slot.confirmed_lsn < 100_000
+
+            await_messages(1)
+            wait_until(caught_up, 20, "all to be confirmed, and kept")
+            (warning,) = surroundings.look_at_slot(control, source).warnings
+        assert f"A transaction of process {older.info.backend_pid} has been open for" in warning
+        older.rollback()
 
 
 def test_connections_outlive_an_idle_session_timeout(source: Source, source_database: SourceDatabase, monkeypatch: Any) -> None:

@@ -10,7 +10,8 @@ from django.core.exceptions import ValidationError
 
 from consumers import changes
 from consumers.models import Consumer, Source
-from consumers.preflight import check
+from consumers.preflight import check, findings
+from consumers.preflight_tables import complaints
 from consumers.store.models import SourceStatus
 from capture.reading import Reading
 from tests.capture.world import await_messages, events, logged, read_until, reading
@@ -173,6 +174,38 @@ def test_a_consumer_whose_table_no_longer_arrives_is_named(begin: Any, source_da
     assert sorted(SourceStatus.objects.get(pk=source.pk).reasons) == [
         "c asks for public.t: the publication sequin_pub does not publish public.t", "c asks for public.u: there is no table public.u"
     ]
+
+
+def test_a_locked_table_stops_nothing(begin: Any, source_database: SourceDatabase, monkeypatch: Any) -> None:
+    """An ALTER TABLE that takes hours holds a lock that every look at the table waits for."""
+    monkeypatch.setattr("capture.reader.LOCK_WITHIN_MS", 50)
+    monkeypatch.setattr("consumers.preflight.LOCK_WITHIN_MS", 50)
+    monkeypatch.setattr("capture.surroundings.LOOK_WITHIN_S", 3.0)
+    source = begin(*PARTITIONED, "CREATE TABLE t (id int PRIMARY KEY)")
+    consume(source, "public.p", "public.t")
+    with source_database.connect(autocommit=False) as busy:
+        busy.execute("LOCK TABLE p, t IN ACCESS EXCLUSIVE MODE")
+        busy.execute("INSERT INTO t VALUES (1)")
+        with reading(source):
+            source_database.execute("CREATE TABLE u (id int PRIMARY KEY)")
+            source_database.execute("ALTER PUBLICATION sequin_pub ADD TABLE u")
+            for number in range(3):
+                source_database.execute("INSERT INTO u VALUES (%s)", [number])
+                await_messages(number + 1, timeout=2)
+            assert [finding.name for finding in findings(source) if not finding.ok] == ["checked"]
+            busy.commit()
+            await_messages(4)
+
+
+def test_updates_that_begin_to_fail_are_said_in_the_sources_health(begin: Any, source_database: SourceDatabase) -> None:
+    source = begin("CREATE TABLE t (id int PRIMARY KEY)")
+    consume(source, "public.t")
+    source_database.execute("ALTER TABLE t DROP CONSTRAINT t_pkey")
+    with source_database.connect() as conn:
+        assert complaints(conn, source) == [
+            "public.t has neither a primary key nor another replica identity (a deferrable key is none): its UPDATEs and DELETEs fail"
+            " while it is published"
+        ]
 
 
 def test_a_table_that_left_and_came_back_between_two_looks(begin: Any, source_database: SourceDatabase) -> None:
