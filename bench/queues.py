@@ -1,20 +1,27 @@
 """Measure claim+ack beside PGMQ and beside a plain SKIP LOCKED queue table, in the same server, in alternating rounds.
 
-    python bench/queues.py [--seconds 2] [--rounds 3]
+    python bench/queues.py [--seconds 2] [--rounds 3] [--only sql|http]
 
 The same work each time: take a batch of messages of about 400 bytes, settle them, 1 and 4 receivers (processes), none of them
-waiting for the disk. Ours keeps the order of each group and the log for replay; the others delete what is settled.
+waiting for the disk. Ours keeps the order of each group and the log for replay; the others delete what is settled. First by
+SQL, as a worker beside the database would; then by HTTP: ours through run_web, the others through the thinnest service there
+can be (bench/_queue_server.py) on the same web server.
 """
 from __future__ import annotations
 
 import argparse
+import http.client
 import importlib.util
+import json
 import multiprocessing
 import os
+import socket
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +84,24 @@ def skip_locked(_: Any) -> Cycle:
     return cycle
 
 
+def by_http(port: int, path: str, token: str = "") -> Cycle:
+    conn = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+
+    def call(name: str, body: Any) -> Any:
+        conn.request("POST", f"{path}/{name}", json.dumps(body), headers)
+        answer = conn.getresponse()
+        data = answer.read()
+        assert answer.status == 200, data[:300]
+        return json.loads(data)
+
+    def cycle(batch: int) -> int:
+        ids = [one["ack_id"] for one in call("receive", {"batch_size": batch})["data"]]
+        return int(call("ack", {"ack_ids": ids})["acked"]) if ids else 0
+
+    return cycle
+
+
 def receive(make: Callable[[Any], Cycle], argument: Any, batch: int, seconds: float, start: Any, counts: Any) -> None:
     from django.db import connection
 
@@ -135,6 +160,9 @@ class Engines:
         self.conn.execute("CREATE INDEX plain_queue_until ON plain_queue (until, id)")
         self.number = 0
 
+    def there(self, makers: dict[str, Callable[[Any], Cycle]]) -> dict[str, Callable[[Any], Cycle]]:
+        return {name: make for name, make in makers.items() if name != "pgmq" or self.has_pgmq}
+
     def prepare(self, name: str) -> Any:
         """Fill up; what the receivers of this engine are given."""
         if name == "ours":
@@ -158,10 +186,56 @@ class Engines:
         return None  # nothing but the table
 
 
+def compare(engines: Engines, title: str, makers: dict[str, Callable[[Any], Cycle]], options: argparse.Namespace) -> None:
+    from django.db import connection
+
+    print(f"{title:>24}" + "".join(f"{name:>14}" for name in makers) + "   ours to each of the others")
+    for receivers in RECEIVERS:
+        for batch in BATCHES:
+            found: dict[str, list[float]] = {name: [] for name in makers}
+            for _ in range(options.rounds):
+                for name, make in makers.items():
+                    argument = engines.prepare(name)
+                    connection.close()
+                    found[name].append(rate(make, argument, batch, receivers, options.seconds))
+            medians = {name: statistics.median(rates) for name, rates in found.items()}
+            # Of each round by itself: what the machine did besides is the same for all in it.
+            ratios = "".join(
+                f"{statistics.median(ours / theirs for ours, theirs in zip(found['ours'], found[name], strict=True)):>9.2f}"
+                for name in makers if name != "ours"
+            )  # fmt: skip
+            label = f"{receivers} receivers, batch {batch}"
+            print(f"{label:>24}" + "".join(f"{medians[name]:>14,.0f}" for name in makers) + ratios, flush=True)
+
+
+@contextmanager
+def thin_server() -> Iterator[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [sys.executable, "-m", "granian", "--interface", "wsgi", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+               "--blocking-threads", "100", "--backpressure", "100", "--no-ws", "--log-level", "error", "bench._queue_server:application"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, "the thin server does not answer"
+                time.sleep(0.05)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=["sql", "http"])
     options = parser.parse_args()
     import django
     import psycopg
@@ -175,23 +249,23 @@ def main() -> None:
     call_command("migrate", verbosity=0)
     try:
         engines = Engines()
-        makers: dict[str, Callable[[Any], Cycle]] = {"ours": ours, "pgmq": pgmq, "skip locked": skip_locked}
         if not engines.has_pgmq:
-            del makers["pgmq"]
             print("PGMQ is not installed (requirements-dev.txt): left out")
-        print(f"{'claim+ack, messages/s':>24}" + "".join(f"{name:>14}" for name in makers) + "   ours to each of the others")
-        for receivers in RECEIVERS:
-            for batch in BATCHES:
-                found: dict[str, list[float]] = {name: [] for name in makers}
-                for _ in range(options.rounds):
-                    for name, make in makers.items():
-                        argument = engines.prepare(name)
-                        connection.close()
-                        found[name].append(rate(make, argument, batch, receivers, options.seconds))
-                medians = {name: statistics.median(rates) for name, rates in found.items()}
-                ratios = "".join(f"{medians['ours'] / medians[name]:>9.2f}" for name in makers if name != "ours")
-                label = f"{receivers} receivers, batch {batch}"
-                print(f"{label:>24}" + "".join(f"{medians[name]:>14,.0f}" for name in makers) + ratios, flush=True)
+        if options.only != "http":
+            makers = {"ours": ours, "pgmq": pgmq, "skip locked": skip_locked}
+            compare(engines, "SQL: messages/s", engines.there(makers), options)
+        if options.only != "sql":
+            from consumers.tokens import create_token
+            from tests.api.pull_world import web_server
+
+            token = create_token("bench", "pull")[1]
+            with web_server() as (_, port), thin_server() as thin:
+                makers = {
+                    "ours": lambda consumer: by_http(port, f"/api/http_pull_consumers/{consumer}", token),
+                    "pgmq": lambda _: by_http(thin, "/pgmq"),
+                    "skip locked": lambda _: by_http(thin, "/skip"),
+                }
+                compare(engines, "HTTP: messages/s", engines.there(makers), options)
         engines.conn.close()
         engines.log.close()
     finally:

@@ -1,10 +1,9 @@
 """The pull API below /api/, under its two names."""
 from django.urls import path
 
-from delivery.pull.views import AckView, ExtendView, NackView, ReceiveView
+from delivery.pull.views import AckView, ExtendView, NackView, PullView, ReceiveView
 
-urlpatterns = [
-    path(f"{prefix}/<str:consumer>/{call}", view.as_view())
-    for prefix in ("http_pull_consumers", "sequin_streams")
-    for call, view in (("receive", ReceiveView), ("ack", AckView), ("nack", NackView), ("extend", ExtendView))
-]
+PREFIXES = ("http_pull_consumers", "sequin_streams")
+CALLS: dict[str, type[PullView]] = {"receive": ReceiveView, "ack": AckView, "nack": NackView, "extend": ExtendView}
+
+urlpatterns = [path(f"{prefix}/<str:consumer>/{call}", view.as_view()) for prefix in PREFIXES for call, view in CALLS.items()]

@@ -47,6 +47,7 @@ INSTALLED_APPS = [
     "delivery",
 ]
 MIDDLEWARE = [
+    "delivery.pull.shortcut.PullShortcut",
     "consumers.console_headers.ConsoleHeaders",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",

@@ -25,6 +25,7 @@ SCAN_ROWS = 20_000  # looked at in one transaction, so that nobody waits long be
 SCAN_MS = 250  # one claim's budget; past it the answer is empty although the end is not reached
 MAX_CLAIM_BYTES = 16 * 1024 * 1024  # of rows in one claim; a larger message comes alone
 RECEIPT_BYTES = 24  # token 16, id 8
+_FROM_URL_SAFE = str.maketrans("-_", "+/")
 
 _CLAIM_SQL = "SELECT * FROM sequin_claim(%s, %s, %s, %s, %s, %s)"
 _CLAIM_JUDGED_SQL = (
@@ -131,15 +132,22 @@ def encode_receipt(token: UUID, message_id: int) -> str:
     return base64.urlsafe_b64encode(token.bytes + message_id.to_bytes(8, "big")).decode()
 
 
-def decode_receipt(ack_id: str) -> tuple[UUID, int] | None:
-    """What `encode_receipt` made, or None for anything else."""
-    try:
-        raw = base64.b64decode(ack_id.encode("ascii"), altchars=b"-_", validate=True)
-    except (ValueError, binascii.Error):
-        return None
-    if len(raw) != RECEIPT_BYTES or raw[16] & 0x80:
-        return None
-    return UUID(bytes=raw[:16]), int.from_bytes(raw[16:], "big")
+def decode_receipts(ack_ids: Iterable[str]) -> list[tuple[UUID, int]]:
+    """What `encode_receipt` made; anything else is left out."""
+    tokens: dict[bytes, UUID] = {}  # mostly one
+    receipts = []
+    for ack_id in ack_ids:
+        try:
+            raw = binascii.a2b_base64(ack_id.translate(_FROM_URL_SAFE), strict_mode=True)
+        except (ValueError, binascii.Error):
+            continue
+        if len(raw) != RECEIPT_BYTES or raw[16] & 0x80 or "+" in ack_id or "/" in ack_id:
+            continue
+        token = tokens.get(raw[:16])
+        if token is None:
+            token = tokens[raw[:16]] = UUID(bytes=raw[:16])
+        receipts.append((token, int.from_bytes(raw[16:], "big")))
+    return receipts
 
 
 def _judged_again(

@@ -947,7 +947,7 @@ begin
     if not v_from_parked then
         -- All of one stretch of the log: the partitions that hold it are known before the scan begins.
         return query
-            select case when m.n = 1 then v_token end, v_end, null::bigint, v_position, false, false, v_version,
+            select case when m.n = 1 then v_token end, v_end, null::bigint, v_position, false, false, case when m.n = 1 then v_version end,
                    case when m.n = 1 then m.source end, m.id, 1, v_grps[m.n], v_grp2s[m.n], null::integer, m.relation, m.action, m.record,
                    m.changes, m.key, m.commit_lsn, m.commit_idx,
                    to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged,
@@ -959,7 +959,7 @@ begin
         return;
     end if;
     return query
-        select case when u.o = 1 then v_token end, v_end, null::bigint, v_position, false, u.fresh, v_version,
+        select case when u.o = 1 then v_token end, v_end, null::bigint, v_position, false, u.fresh, case when u.o = 1 then v_version end,
                case when u.o = 1 then m.source end, m.id, u.n, u.grp, u.grp2, u.b, m.relation, m.action, m.record,
                m.changes, m.key, m.commit_lsn, m.commit_idx,
                to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged,

@@ -47,10 +47,11 @@ class PullView(APIView):
     def settle(self, name_or_id: str, what: str, action: Any) -> HttpResponse:
         receiver = self.receiver(name_or_id)
         given = read_object(self.request)
-        receipts, malformed = _receipts(parameters.ack_ids(given))
+        ack_ids = parameters.ack_ids(given)
+        receipts = claims.decode_receipts(ack_ids)
         with one_of_few(receiver.id):
-            settled = action(receiver, given, receipts)
-        return _json(f'{{"success":true,"{what}":{settled.done},"stale":{settled.stale + malformed}}}'.encode())
+            done = action(receiver, given, receipts).done
+        return _json(f'{{"success":true,"{what}":{done},"stale":{len(ack_ids) - done}}}'.encode())
 
 
 class ReceiveView(PullView):
@@ -185,13 +186,6 @@ def _body(taken: Taken) -> bytes:
         )
         + b"]}"
     )
-
-
-def _receipts(ack_ids: list[str]) -> tuple[list[tuple[Any, int]], int]:
-    """The receipts that can be read, and how many cannot: those are stale."""
-    decoded = [claims.decode_receipt(ack_id) for ack_id in ack_ids]
-    receipts = [receipt for receipt in decoded if receipt is not None]
-    return receipts, len(decoded) - len(receipts)
 
 
 def _json(body: bytes) -> HttpResponse:
