@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import psycopg
 from django.conf import settings
@@ -19,7 +19,7 @@ from django.db import connection
 from capture.disk import shortage
 from capture.pages import Busy, Page, SourcePages, TooSlow, Untranslatable
 from capture.published import NotReadable, Published
-from consumers import republishing
+from consumers import gaps, republishing
 from consumers.filters.column_types import table_of
 from consumers.filters.grammar import Refused, parse
 from consumers.filters.rewriting import row_condition
@@ -35,6 +35,9 @@ KEEP_TURN_EVERY_S = 2.0
 FIRST_ROWS, FEWEST_ROWS, MOST_ROWS = 200, 10, 10_000  # of a page
 PAGE_AIM_S, PAGE_AIM_BYTES = 0.2, 2 * 1024 * 1024
 SOON_S, LATER_S = 0.2, 2.0  # until something is tried again
+TELL_EVERY_S = 10.0
+
+_told_at: dict[UUID, float] = {}
 
 
 class TurnLost(Exception):
@@ -101,6 +104,7 @@ class Turn:
             if self._pages is not None:
                 self._pages.__exit__(None, None, None)
         took = time.monotonic() - began
+        self._tell()
         self._work.yield_turn(
             self._job, page_rows=self._page_rows, blocked=blocked, rate=self._rows / took if self._rows else None,
             again_in_s=again_in_s, reason=reason,
@@ -125,6 +129,8 @@ class Turn:
             return True
         if done.outcome == "completed":
             log.info("backfill completed table=%s rows=%s", job.table, job.rows_done + self._rows)
+            if gaps.close_if_covered(job.source_id):
+                log.info("gap closed: every table of every consumer was backfilled since")
             return False
         place = self._work.place(job)
         if place.is_complete or place.pages_staged >= READ_AHEAD:
@@ -272,6 +278,13 @@ class Turn:
     def _demand_disk(self) -> None:
         if why := shortage(settings.SEQUIN_STORE_DIRECTORY, settings.SEQUIN_MIN_FREE_DISK):
             raise Postponed(f"waits: {why}")
+
+    def _tell(self) -> None:
+        """Log now and then how far it is."""
+        if self._rows and time.monotonic() - _told_at.get(self._job.id, 0.0) > TELL_EVERY_S:
+            _told_at[self._job.id] = time.monotonic()
+            done, estimated = self._work.progress(self._job)
+            log.info("backfill of table=%s: rows=%s of about %s", self._job.table or "(log)", done, estimated)
 
     def _fail(self, reason: str) -> None:
         log.warning("backfill failed table=%s: %s", self._job.table, reason)

@@ -48,6 +48,8 @@ def consumers(*, only: UUID | None = None, now: datetime | None = None) -> list[
         " THEN sequin_backlog_bytes(p.position) END, c.max_backlog_bytes,"
         " (SELECT count(*) FROM (SELECT FROM parked x WHERE x.consumer = c.id AND x.due_at = 'infinity' LIMIT 1000) held),"
         " c.kind, p.taken_at,"
+        " array(SELECT CASE b.kind WHEN 'backfill' THEN 'the backfill of ' || b.table_name ELSE 'republishing' END || ' failed: ' || b.reason"
+        " FROM backfills b WHERE b.consumer = c.id AND b.status = 'failed' ORDER BY b.created_at),"
         " (SELECT format('%%s.%%s %%s', r.schema_name, r.table_name, m.key) FROM (SELECT x.source, min(x.first_id) AS id FROM parked x"
         " WHERE x.consumer = c.id AND x.reason <> 'dead' AND p.parked_count >= c.max_parked GROUP BY x.source, x.grp"
         " ORDER BY sum(cardinality(x.ids)) DESC LIMIT 1) g, LATERAL (SELECT relation, key FROM messages y WHERE y.source = g.source"
@@ -75,7 +77,7 @@ def _judge_source(
     at: datetime | None, gap: str | None, created_at: datetime,
 ) -> Judged:  # fmt: skip
     if gap:
-        return Judged(name, "failing", [f"gap: {gap}. Backfill what is missing, then acknowledge the gap"])
+        return Judged(name, "failing", [f"gap: {gap}. Backfill all tables of its consumers, or acknowledge the gap"])
     if configured == "paused":
         if state in FAILING:
             return Judged(name, "failing", [f"{state}: {reason}" for reason in reasons or []])
@@ -95,7 +97,7 @@ def _judge_source(
 def _judge_consumer(
     now: datetime, retention: timedelta, name: str, configured: str, why: str, max_parked: int, parked: int | None, dead: int | None,
     first_id: int | None, error: str | None, dropped: int | None, waiting_since: datetime | None, held: int | None, limit: int | None,
-    unfit: int, kind: str, taken_at: datetime | None, largest: str | None,
+    unfit: int, kind: str, taken_at: datetime | None, failed_backfills: list[str], largest: str | None,
 ) -> Judged:  # fmt: skip
     if configured == "disabled":
         return Judged(name, configured, [])
@@ -107,6 +109,7 @@ def _judge_consumer(
         reasons.append(f"holds back {readable_bytes(held)} of the log, more than max_backlog_bytes: {readable_bytes(limit)}")
     if dropped:
         reasons.append(f"{dropped} messages were dropped because its backlog was full (on_full: drop_oldest)")
+    reasons += [f"{failed}. Resume or cancel it" for failed in failed_backfills]
     if configured == "paused":
         return Judged(name, configured, reasons)
     idle_since = max(waiting_since, taken_at or waiting_since) if waiting_since is not None else None

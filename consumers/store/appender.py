@@ -100,7 +100,7 @@ class Appender:
     def begin_history(self, begun: Progress, gap: str | None = None) -> None:
         """Let the source's first epoch begin, or the next one: LSNs compare within an epoch only.
 
-        `gap`: what may be missing from the log, until somebody acknowledges it.
+        `gap`: what may be missing from the log, until it is acknowledged or has been backfilled.
         """
         with self._conn.transaction():
             self._conn.execute(
@@ -120,9 +120,10 @@ class Appender:
                 self.note_gap(gap)
 
     def note_gap(self, reason: str) -> None:
-        """Keep in mind that changes may be missing from the log, until somebody acknowledges it."""
+        """Keep in mind that changes may be missing from the log, until it is acknowledged or they have been backfilled."""
         self._conn.execute(
-            "UPDATE capture_progress SET gap = concat_ws('; ', gap, %s::text) WHERE source = %s", [reason, self.source_id]
+            "UPDATE capture_progress SET gap = concat_ws('; ', gap, %s::text), gap_at = clock_timestamp() WHERE source = %s",
+            [reason, self.source_id],
         )
         self.note("gap", None, reason, backfill=True)
 

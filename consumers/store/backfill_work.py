@@ -194,6 +194,11 @@ class BackfillWork:
             {"pause": again_in_s, "rows": page_rows, "reason": reason, "rate": rate, "id": job.id, "holder": self.holder, "blocked": blocked},
         )
 
+    def progress(self, job: Job) -> tuple[int, int | None]:
+        """Rows done, and about how many there are."""
+        row = self._conn.execute("SELECT rows_done, rows_estimated FROM backfills WHERE id = %s", [job.id]).fetchone()
+        return row or (job.rows_done, None)
+
     def fail(self, job: Job, reason: str) -> None:
         """End it: nothing that comes by itself would let it get on."""
         self._conn.execute(
@@ -276,7 +281,7 @@ class BackfillWork:
         waiting, is_full = row
         if is_full:
             return "waits for the consumer: its backlog has reached half of max_backlog_bytes"
-        return f"waits for the consumer: {waiting} messages are waiting for it" if waiting >= BACKLOG_MESSAGES else None
+        return f"waits for the consumer: {waiting} messages of the log lie before it" if waiting >= BACKLOG_MESSAGES else None
 
     def register_relation(self, epoch: int, source_id: UUID, shape: RelationShape) -> int:
         """The id of this shape of the table. It does not count as seen: capture tells of changes to what it saw itself."""

@@ -60,8 +60,8 @@ def resume(backfill_id: UUID) -> bool:
 
 
 def cancel(backfill_id: UUID) -> bool:
-    """End it; what it has brought stays. False when it had ended."""
-    return _set_status(backfill_id, "running", "cancelled") or _set_status(backfill_id, "paused", "cancelled")
+    """End it; what it has brought stays. False when it had ended, unless by failing."""
+    return any(_set_status(backfill_id, before, "cancelled") for before in ("running", "paused", "failed"))
 
 
 def cancel_all(consumer_id: UUID) -> int:
@@ -75,6 +75,18 @@ def forget(backfill_id: UUID) -> None:
     with transaction.atomic():
         _execute("DELETE FROM backfills WHERE id = %s", [backfill_id])
         _execute("DELETE FROM backfill_chunks WHERE backfill = %s", [backfill_id])
+
+
+def brought_since(consumer_id: UUID, since: datetime) -> set[str]:
+    """The tables of which backfills that began after this brought all rows."""
+    return {
+        row[0]
+        for row in _fetch(
+            "SELECT table_name FROM backfills WHERE consumer = %s AND status = 'completed' AND created_at > %s AND to_id IS NULL"
+            " AND \"where\" = '' AND start_value IS NULL",
+            [consumer_id, since],
+        )
+    }
 
 
 def running_and_due() -> tuple[int, int]:

@@ -226,11 +226,26 @@ def publishes_tables() -> bool:
     return bool(rows[0][0])
 
 
+def gap_since(source_id: UUID) -> datetime | None:
+    """When the newest of what may be missing from the log was noticed."""
+    rows = _fetch("SELECT gap_at FROM capture_progress WHERE source = %s", [source_id])
+    return rows[0][0] if rows else None
+
+
 def acknowledge_gap(source_id: UUID) -> bool:
     """Somebody knows about the gap of this source. False: there is none."""
     return bool(
-        _fetch("UPDATE capture_progress SET gap = NULL WHERE source = %s AND gap IS NOT NULL RETURNING 1", [source_id])
+        _fetch("UPDATE capture_progress SET gap = NULL, gap_at = NULL WHERE source = %s AND gap IS NOT NULL RETURNING 1", [source_id])
     )
+
+
+def close_gap(source_id: UUID, since: datetime, why: str) -> bool:
+    """What was missing has come, unless more has been noticed after `since`."""
+    with transaction.atomic():
+        closed = _fetch("UPDATE capture_progress SET gap = NULL, gap_at = NULL WHERE source = %s AND gap_at = %s RETURNING 1", [source_id, since])
+        if closed:
+            add_event(_execute, source_id, "gap_closed", None, why)
+    return bool(closed)
 
 
 def clock() -> datetime:

@@ -76,7 +76,8 @@ create table capture_progress (
     part_changes      bigint  not null default 0,
     reached_lsn       bigint  not null,
     messages          bigint  not null default 0,  -- stored ever, for the metrics
-    gap               text,     -- what may be missing from the log, until somebody acknowledges it
+    gap               text,     -- what may be missing from the log, until it is acknowledged or has been backfilled
+    gap_at            timestamptz,  -- when the newest of it was noticed
     proof             text,     -- the newest transaction: {"lsn", "xid", …} (Proof); a server of the same history has it
     updated_at        timestamptz not null default now()
 ) with (fillfactor = 50);

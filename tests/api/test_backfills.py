@@ -5,6 +5,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from django.test import Client
 
 from consumers.models import Backfill, Consumer
 from consumers.store import backfills, claims
@@ -100,6 +101,16 @@ def test_paused_resumed_cancelled_deleted(api: Api, source: Any, make_consumer: 
     assert api("DELETE", f"backfills/{other}")[0] == 204 and api("GET", f"backfills/{other}")[0] == 404
     for path in ("nonsense", str(uuid4())):
         assert api("GET", f"backfills/{path}")[0] == 404 and api("POST", f"backfills/{path}/pause")[0] == 404
+
+
+def test_one_that_failed_degrades_its_consumer_until_somebody_sees_to_it(api: Api, source: Any, make_consumer: Any) -> None:
+    backfill = begin(make_consumer(source, tables=["public.t"]), sort_column="nothing")
+    with reading(source):
+        assert work_off(backfill) == "failed"
+    judged = Client().get("/health").json()["consumers"][0]
+    assert judged["status"] == "degraded" and judged["reasons"] == ["the backfill of public.t failed: there is no column nothing any more. Resume or cancel it"]
+    assert api("POST", f"backfills/{backfill}/cancel")[1]["status"] == "cancelled"
+    assert Client().get("/health").json()["consumers"][0]["status"] == "ok"
 
 
 @pytest.mark.parametrize(

@@ -344,7 +344,7 @@ def test_a_consumer_with_enough_to_do_is_given_no_more(scene: Callable[..., Scen
     on = scene(MAKE.replace("40", "400"))
     backfill = begin(on.consumer, page_rows=10)
     with reading(on.source):
-        wait_until(lambda: step_once() or "are waiting for it" in status(backfill)[1], 20)
+        wait_until(lambda: step_once() or "lie before it" in status(backfill)[1], 20)
         brought = len(reads())
         assert 10 <= brought < 100
         for _ in range(5):

@@ -16,9 +16,11 @@ from capture import surroundings
 from capture.reading import Reading
 from consumers import changes
 from consumers.models import Consumer, Source
-from consumers.store import lifecycle
 from consumers.health import sources
+from consumers.store import lifecycle
+from consumers.store.appender import Appender
 from tests.capture.test_servers import source_on
+from tests.capture.backfill_world import begin, fetch, work_off
 from tests.capture.world import ForkedReader, await_messages, gap, logged, read_until, reading
 from tests.cluster import Cluster
 from tests.conftest import SourceDatabase, wait_until
@@ -383,3 +385,28 @@ class Alternating(Proxy):
     @target.setter
     def target(self, port: int) -> None:
         pass
+
+
+def test_backfills_of_every_table_of_every_consumer_close_a_gap(source_database: SourceDatabase, source: Source) -> None:
+    source_database.execute("CREATE TABLE u (id int PRIMARY KEY); INSERT INTO t VALUES (1, 1); INSERT INTO u VALUES (1)")
+    both = Consumer(name="both", source=source, kind="pull", tables=["public.t", "public.u"])
+    every = Consumer(name="all", source=source, kind="pull", tables=["public.*"])
+    idle = Consumer(name="idle", source=source, kind="pull", tables=["public.u"], status="disabled")
+    for consumer in (both, every, idle):
+        changes.save(consumer)
+    one = Consumer.objects.get(name="c")
+    with reading(source):
+        assert work_off(begin(both, "public.u")) == "completed"
+    with Appender(source.pk) as appender:
+        assert appender.wait_for_source(10)
+        appender.note_gap("the slot was made anew")
+    changes.save(Consumer(name="later", source=source, kind="pull", tables=["public.t"]))
+    with reading(source):
+        for consumer, table in ((one, "public.t"), (both, "public.t"), (every, "public.t"), (every, "public.u")):
+            assert work_off(begin(consumer, table)) == "completed"
+        assert work_off(begin(both, "public.u", where="id = 1")) == "completed"
+        assert gap(source), "what came before the gap does not count, nor does a part"
+        assert "Backfill all tables" in sources()[0].reasons[0]
+        assert work_off(begin(both, "public.u")) == "completed"
+        assert gap(source) is None
+    assert fetch("SELECT kind, text FROM source_events ORDER BY id DESC LIMIT 1") == [("gap_closed", "every table of every consumer was backfilled since")]
