@@ -1,93 +1,132 @@
-"""Measure commit → received at a steady rate of single-row commits, for a waiting pull client and a push receiver.
+"""Measure commit → received at steady rates of single-row commits, for a waiting pull client and a push receiver.
 
-Everything runs on this machine, in an installation of its own: writer, receiver, client and service share its cores.
-`python bench/latency.py [RATE] [SECONDS]`. Prints milliseconds, and the peak memory of each process.
+    python bench/latency.py [--rates 200 1000 3000] [--seconds 8]
+
+Everything runs on this machine, in an installation of its own: writers, receiver, client and service share its cores, each of
+them in a process of its own. The push consumer takes up to 100 messages in a batch, as one would at such rates, and sends what
+there is. Prints milliseconds by the clock of the machine, and the peak memory of each process.
 """
 from __future__ import annotations
 
+import argparse
 import http.client
 import json
+import multiprocessing
+import re
 import sys
 import tempfile
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.push import sink  # noqa: E402
 from tests.installation import Installation  # noqa: E402
 
 PULL, PUSH = "latency-pull", "latency-push"
+COMMITS_A_WRITER = 500  # a second; faster ones are several
+WAIT_S = 30.0
+
+Arrivals = dict[int, float]
+processes = multiprocessing.get_context("fork")
 
 
-def serve(arrived: dict[int, float]) -> str:
-    """An endpoint on loopback that notes when each row arrived."""
+def write(source_url: str, first: int, step: int, count: int, rate: float, begin: float, sent: Any) -> None:
+    """Commit every `step`-th row at its time; when each commit was answered."""
+    import psycopg
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            arrived[body["record"]["id"]] = time.time()
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 128  # a full one costs a second: the kernel's first retransmission
-
-    server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"http://127.0.0.1:{server.server_address[1]}/"
+    at: Arrivals = {}
+    with psycopg.connect(source_url, autocommit=True) as conn:
+        for number in range(first, count, step):
+            time.sleep(max(0.0, begin + number / rate - time.time()))
+            conn.execute("INSERT INTO latency (id, note) VALUES (%s, 'a note')", [number])
+            at[number] = time.time()
+    sent.put(at)
 
 
-def pull(installation: Installation, arrived: dict[int, float], stopping: threading.Event) -> None:
-    conn = http.client.HTTPConnection("127.0.0.1", installation.port)
-    headers = {"Authorization": f"Bearer {installation.token}", "Content-Type": "application/json"}
+def pull(port: int, token: str, count: int, deadline: float, arrived: Any) -> None:
+    conn = http.client.HTTPConnection("127.0.0.1", port)
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
     base = f"/api/http_pull_consumers/{PULL}"
-    while not stopping.is_set():
+    at: Arrivals = {}
+    while len(at) < count and time.time() < deadline:
         conn.request("GET", f"{base}/receive?batch_size=100&wait_for=1s", headers=headers)
         messages = json.loads(conn.getresponse().read())["data"]
         now = time.time()
-        for message in messages:
-            arrived[message["data"]["record"]["id"]] = now
+        at.update(dict.fromkeys((message["data"]["record"]["id"] for message in messages), now))
         if messages:
             conn.request("POST", f"{base}/ack", json.dumps({"ack_ids": [m["ack_id"] for m in messages]}), headers)
             conn.getresponse().read()
+    arrived.put(at)
 
 
-def write(installation: Installation, rate: float, count: int) -> dict[int, float]:
-    """Commit single rows at a steady rate; when each commit was answered."""
-    sent: dict[int, float] = {}
-    with installation.source() as conn:
-        began = time.time()
-        for number in range(count):
-            time.sleep(max(0.0, began + number / rate - time.time()))
-            conn.execute("INSERT INTO latency (id, note) VALUES (%s, 'a note')", [number])
-            sent[number] = time.time()
-    return sent
+def noting(log: Path) -> Callable[[bytes], None]:
+    """What the sink does with each body: a line for each row and when it came."""
+
+    def note(body: bytes) -> None:
+        now = time.time()
+        with log.open("a") as file:
+            file.writelines(f"{int(number)} {now}\n" for number in re.findall(rb'"record":\{"id":(-?\d+)', body))
+
+    return note
 
 
-def warm_up(installation: Installation, *arrivals: dict[int, float]) -> None:
-    """Processes just started take a second to connect; measured is the steady state."""
+def read_arrivals(log: Path) -> Arrivals:
+    lines = log.read_text().splitlines() if log.exists() else []
+    at: Arrivals = {}
+    for line in lines:
+        number, moment = line.split()
+        at.setdefault(int(number), float(moment))
+    return at
+
+
+def warm_up(installation: Installation, log: Path) -> None:
+    """Processes just started take some seconds to connect; measured is the steady state."""
     with installation.source() as conn:
         conn.execute("INSERT INTO latency (id, note) VALUES (-1, 'warm up')")
-    deadline = time.monotonic() + 30
-    while any(-1 not in arrived for arrived in arrivals) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    deadline = time.time() + WAIT_S
+    while -1 not in read_arrivals(log) and time.time() < deadline:
+        time.sleep(0.1)
+    installation.ack(PULL, installation.receive(PULL, wait="30s"))
 
 
-def report(what: str, sent: dict[int, float], arrived: dict[int, float]) -> None:
+def measure(installation: Installation, rate: float, seconds: float, log: Path) -> None:
+    count = int(rate * seconds)
+    with installation.source() as conn:
+        conn.execute("TRUNCATE latency")
+    log.unlink(missing_ok=True)
+    begin = time.time() + 1.0
+    deadline = begin + seconds + WAIT_S
+    sent_queue, pulled_queue = processes.Queue(), processes.Queue()
+    writers = max(1, round(rate / COMMITS_A_WRITER))
+    running = [
+        processes.Process(target=write, args=(installation.psql_url(), first, writers, count, rate, begin, sent_queue)) for first in range(writers)
+    ]
+    running.append(processes.Process(target=pull, args=(installation.port, installation.token, count, deadline, pulled_queue)))
+    for process in running:
+        process.start()
+    sent: Arrivals = {}
+    for _ in range(writers):
+        sent |= sent_queue.get(timeout=seconds + 2 * WAIT_S)
+    took = max(sent.values()) - begin
+    pulled = pulled_queue.get(timeout=2 * WAIT_S)
+    while len(read_arrivals(log)) < count and time.time() < deadline:
+        time.sleep(0.1)
+    for process in running:
+        process.join()
+    print(f"{rate:g} single-row commits a second for {seconds:g} s, {count / took:.0f} a second were committed")
+    report("pull", sent, pulled)
+    report("push", sent, read_arrivals(log))
+
+
+def report(what: str, sent: Arrivals, arrived: Arrivals) -> None:
     took = sorted((arrived[number] - at) * 1000 for number, at in sent.items() if number in arrived)
     picks = ", ".join(f"{name} {took[min(len(took) - 1, int(len(took) * share))]:.1f}" for name, share in
                       (("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0)))  # fmt: skip
-    print(f"{what}: {len(took)} of {len(sent)} arrived; ms: {picks}")
+    print(f"  {what}: {len(took)} of {len(sent)} arrived; ms: {picks}", flush=True)
 
 
 def peaks(installation: Installation) -> None:
@@ -99,37 +138,29 @@ def peaks(installation: Installation) -> None:
 
 
 def main() -> None:
-    rate = float(sys.argv[1]) if len(sys.argv) > 1 else 200.0
-    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 10.0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rates", type=float, nargs="+", default=[200.0, 1000.0, 3000.0])
+    parser.add_argument("--seconds", type=float, default=8.0)
+    options = parser.parse_args()
     base = Path(tempfile.mkdtemp(prefix="sequin-bench-"))
     base.chmod(0o711)
     installation = Installation(base / "home")
     installation.start()
-    pulled: dict[int, float] = {}
-    pushed: dict[int, float] = {}
-    try:
-        with installation.source() as conn:
-            conn.execute("CREATE TABLE latency (id int PRIMARY KEY, note text)")
-        installation.call("POST", "/api/http_endpoints", {"name": "latency", "url": serve(pushed)})
-        shared = {"source": "playground", "tables": ["public.latency"]}
-        installation.call("POST", "/api/consumers", {**shared, "name": PULL, "kind": "pull"})
-        installation.call("POST", "/api/consumers", {**shared, "name": PUSH, "kind": "push", "endpoint": "latency"})
-        stopping = threading.Event()
-        puller = threading.Thread(target=pull, args=(installation, pulled, stopping))
-        puller.start()
-        warm_up(installation, pulled, pushed)
-        sent = write(installation, rate, int(rate * seconds))
-        deadline = time.monotonic() + 30
-        while (len(pulled) <= len(sent) or len(pushed) <= len(sent)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        stopping.set()
-        puller.join()
-        print(f"{rate:g} single-row commits a second for {seconds:g} s")
-        report("pull", sent, pulled)
-        report("push", sent, pushed)
-        peaks(installation)
-    finally:
-        installation.stop()
+    log = base / "pushed"
+    with sink(noting(log)) as port:
+        try:
+            with installation.source() as conn:
+                conn.execute("CREATE TABLE latency (id int PRIMARY KEY, note text)")
+            installation.call("POST", "/api/http_endpoints", {"name": "latency", "url": f"http://127.0.0.1:{port}/"})
+            shared = {"source": "playground", "tables": ["public.latency"]}
+            installation.call("POST", "/api/consumers", {**shared, "name": PULL, "kind": "pull"})
+            installation.call("POST", "/api/consumers", {**shared, "name": PUSH, "kind": "push", "endpoint": "latency", "batch_size": 100})
+            warm_up(installation, log)
+            for rate in options.rates:
+                measure(installation, rate, options.seconds, log)
+            peaks(installation)
+        finally:
+            installation.stop()
 
 
 if __name__ == "__main__":

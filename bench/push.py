@@ -13,6 +13,8 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +22,34 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 os.environ["SEQUIN_TEST_DURABLE"] = "1"
-import tests.postgres_plugin as cluster  # noqa: E402
 
 CONCURRENCY = 10
 ROUNDS = 3
 SINGLE, BATCHED = 3_000, 100_000
 
 
-def sink() -> tuple[int, int]:
-    """Fork a sink: reads requests, answers 204. Returns its port and pid."""
+@contextmanager
+def sink(take: Callable[[bytes], None] | None = None) -> Iterator[int]:
+    """A process that reads requests and answers 204; its port. `take` is given each body, before the answer."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", 0))
     listener.listen(256)
     port = int(listener.getsockname()[1])
     pid = os.fork()
-    if pid:
-        listener.close()
-        return port, pid
-    while True:
-        conn, _ = listener.accept()
-        threading.Thread(target=answer, args=(conn,), daemon=True).start()
+    if not pid:
+        while True:
+            conn, _ = listener.accept()
+            threading.Thread(target=answer, args=(conn, take), daemon=True).start()
+    listener.close()
+    try:
+        yield port
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
-def answer(conn: socket.socket) -> None:
+def answer(conn: socket.socket, take: Callable[[bytes], None] | None) -> None:
     conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     held = b""
     while True:
@@ -57,6 +63,8 @@ def answer(conn: socket.socket) -> None:
         while len(rest) < length:
             rest += conn.recv(262_144)
         held = rest[length:]
+        if take is not None:
+            take(rest[:length])
         conn.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
 
 
@@ -95,12 +103,12 @@ def bare(url: str, body: bytes, headers: dict[str, str], count: int) -> float:
 
 
 def main() -> None:
-    port, pid = sink()
+    import tests.postgres_plugin as cluster
+
     try:
-        measure(f"http://127.0.0.1:{port}/")
+        with sink() as port:
+            measure(f"http://127.0.0.1:{port}/")
     finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
         cluster.pytest_unconfigure(None)
 
 

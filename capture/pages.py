@@ -10,7 +10,8 @@ import json
 import re
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -33,6 +34,7 @@ STATEMENT_MS = 60_000
 LOCK_MS = 2_000
 COMMAND_S = 30.0
 ALIVE_EVERY_S = 1.0
+LOCKED = "the table is locked"
 CANNOT_CONVERT = ("22P05", "22021")  # SQLSTATE untranslatable_character, character_not_in_repertoire
 BEGIN = b"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL row_security = off; SET LOCAL search_path = %b"
 # The files of a table and its partitions. A table that was truncated or rewritten looks empty to older snapshots.
@@ -84,6 +86,14 @@ class Page(NamedTuple):
     took_s: float
 
 
+@contextmanager
+def _locked_is_busy() -> Iterator[None]:
+    try:
+        yield
+    except psycopg.errors.LockNotAvailable:
+        raise Busy(LOCKED) from None
+
+
 class SourcePages:
     """Connections to one source for one worker's turn. `alive` is called now and then while the source keeps us waiting."""
 
@@ -94,6 +104,7 @@ class SourcePages:
         self._known: dict[int, Published] = {}
         self._control = connect(source)
         try:
+            self._control.execute("SELECT set_config('lock_timeout', %s, false)", [f"{LOCK_MS}ms"])
             self._encoding = surroundings.encoding(self._control)
             self._catalog = Catalog(self._control, self._encoding, source.publication_name)
             self._converted = self._encoding != SQL_ASCII
@@ -110,8 +121,9 @@ class SourcePages:
         self._control.close()
 
     def parts(self, table: str) -> list[dict[str, Any]]:
-        """The relations under which a table is published. Raises NotReadable."""
-        return parts_of(self._control, self._encoding, self.source.publication_name, table)
+        """The relations under which a table is published. Raises NotReadable, Busy."""
+        with _locked_is_busy():
+            return parts_of(self._control, self._encoding, self.source.publication_name, table)
 
     def identity(self) -> Identity:
         row = self._control.execute(
@@ -122,11 +134,12 @@ class SourcePages:
         return Identity(row[0], None if row[1] is None else int(row[1], 16))
 
     def look(self, oid: int, sort_column: str) -> Published:
-        """Raises NotReadable, Untranslatable."""
+        """Raises NotReadable, Busy, Untranslatable."""
         try:
-            return look(
-                self._control, self._catalog, self._encoding, self.source.publication_name, oid, sort_column, converted=self._converted
-            )
+            with _locked_is_busy():
+                return look(
+                    self._control, self._catalog, self._encoding, self.source.publication_name, oid, sort_column, converted=self._converted
+                )
         except (psycopg.errors.UntranslatableCharacter, psycopg.errors.CharacterNotInRepertoire) as error:
             raise Untranslatable(str(error)) from None
 
@@ -153,10 +166,12 @@ class SourcePages:
             (files,), = self._rows(FILES % (FILES_SEEN, oid, oid))
             bounds = self._bounds(table, place, start_value)
             page = self._copy(table, bounds, limit, self._raw_text(condition(table)))
+            self._end()  # first: an ALTER TABLE that waits for it would let the look wait, and nobody would see the circle
             self._known[oid] = self.look(oid, sort_column)
             if self._known[oid] != table or self._files(oid) != files:
                 raise Busy("the table was changed while it was read")
         except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):
+            self._end()
             self._known[oid] = self.look(oid, sort_column)
             raise Busy("the table was changed while it was read") from None
         finally:
@@ -178,7 +193,8 @@ class SourcePages:
         return None if row is None or row[0] is None else int(row[0])
 
     def _files(self, oid: int) -> bytes | None:
-        row = self._control.execute(FILES % (FILES_NOW, oid, oid)).fetchone()
+        with _locked_is_busy():
+            row = self._control.execute(FILES % (FILES_NOW, oid, oid)).fetchone()
         return None if row is None or row[0] is None else str(row[0]).encode()
 
     def _end(self) -> None:
@@ -337,7 +353,7 @@ class SourcePages:
             raise Untranslatable(result.get_error_message())
         error = psycopg.errors.error_from_result(result)
         if isinstance(error, psycopg.errors.LockNotAvailable):
-            raise Busy("the table is locked") from None
+            raise Busy(LOCKED) from None
         if isinstance(error, psycopg.errors.QueryCanceled):
             raise TooSlow(str(error)) from None
         raise error

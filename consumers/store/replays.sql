@@ -358,6 +358,10 @@ begin
         return;
     end if;
     select * into o from sequin_overtaken(b, c, v_from, v_last);
+    perform from backfills x where x.id = p_backfill and x.holder = p_holder and x.status = 'running' for update;  -- before its chunks, as everybody
+    if not found then
+        return;
+    end if;
     if o.again is not null then
         delete from backfill_chunks x where x.backfill = p_backfill;
         update backfills x set reason = 'reads again: ' || o.again where x.id = p_backfill;
@@ -365,7 +369,7 @@ begin
     end if;
     update backfill_chunks x set looked_id = v_last, gone = x.gone || o.gone where x.backfill = p_backfill and x.number = c.number;
     if c.looked_id is null then
-        update backfills x set seen_id = coalesce(o.first_unseen - 1, v_last) where x.id = p_backfill and x.holder = p_holder;
+        update backfills x set seen_id = coalesce(o.first_unseen - 1, v_last) where x.id = p_backfill;
     end if;
 end $$;
 

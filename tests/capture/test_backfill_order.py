@@ -5,6 +5,7 @@ No capture runs while pages are read, so they wait for the log; then the table i
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -222,6 +223,32 @@ def test_a_table_rewritten_while_a_page_is_read_is_read_again(scene: Callable[..
 
     monkeypatch.setattr(SourcePages, "_bounds", bounds)
     backfill = begin(on.consumer, page_rows=15)
+    on.finish(backfill)
+    assert counts(backfill) == (ROWS, 0) and copy_of(on.consumer) == on.rows()
+
+
+def test_an_alter_table_that_waits_for_a_page_is_not_held_up_by_the_look_at_the_table(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from capture.pages import LOCKED, SourcePages
+
+    on = scene()
+    before = SourcePages._copy
+    altering = [threading.Thread(target=lambda: on.database.execute("ALTER TABLE t ADD COLUMN more int"))]
+    begun = altering[0]
+
+    def copy(self: SourcePages, *given: Any) -> Any:
+        done = before(self, *given)
+        while altering:
+            altering.pop().start()
+            wait_until(lambda: on.database.execute("SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 't'::regclass"), 10)
+        return done
+
+    monkeypatch.setattr(SourcePages, "_copy", copy)
+    backfill = begin(on.consumer, page_rows=15)
+    step_once()
+    begun.join(20)
+    assert "changed while it was read" in status(backfill)[1] and LOCKED not in status(backfill)[1]
     on.finish(backfill)
     assert counts(backfill) == (ROWS, 0) and copy_of(on.consumer) == on.rows()
 
