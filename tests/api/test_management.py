@@ -96,7 +96,7 @@ def test_a_source_that_does_not_answer_is_one_line(api: Api, source_database: So
 
 
 BAD = [
-    ("sources", {"name": "a b"}, "name"), ("sources", {"name": str(uuid4())}, "name"), ("sources", {"port": 0}, "port"),
+    ("sources", {"name": "a b"}, "name"), ("sources", {"name": "00000000-0000-4000-8000-000000000000"}, "name"), ("sources", {"port": 0}, "port"),
     ("sources", {"port": "x"}, "port"), ("sources", {"host": "db.example.com", "sslmode": "disable"}, "sslmode"),
     ("sources", {"sslmode": "perhaps"}, "sslmode"), ("sources", {"slot_name": "A-b"}, "slot_name"), ("sources", {"colour": "red"}, "colour"),
     ("http_endpoints", {"url": "ftp://x"}, "url"), ("http_endpoints", {"url": "https://u:p@example.com"}, "url"),
