@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 
 from capture.encoder import ArrayOf, Kind
-from capture.encodings import codec_of, readable
+from consumers.encodings import codec_of, readable
 from capture.pgoutput import Type
 from capture.shapes import Now
 from consumers.source_types import ValueTypes

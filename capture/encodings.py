@@ -1,4 +1,4 @@
-"""Read names and texts of databases whose encoding is not UTF-8. Pure.
+"""Read what the stream brings from databases whose encoding is not UTF-8. Pure.
 
 The server converts for us as long as it can. In a database without an encoding (SQL_ASCII) it does not, and where a value has no
 equivalent in UTF-8 it refuses: then `reader` takes the bytes as they are stored, and Python's codecs read them. What they cannot
@@ -9,27 +9,9 @@ from __future__ import annotations
 import re
 
 from capture.pgoutput import Relation
+from consumers.encodings import readable
 
-UTF8, SQL_ASCII = "UTF8", "SQL_ASCII"
-_CODECS = {
-    SQL_ASCII: "utf-8", UTF8: "utf-8", "EUC_JP": "euc_jp", "EUC_CN": "gb2312", "EUC_KR": "euc_kr", "EUC_JIS_2004": "euc_jis_2004",
-    "KOI8R": "koi8_r", "KOI8U": "koi8_u", "LATIN5": "iso8859_9", "LATIN6": "iso8859_10", "LATIN7": "iso8859_13",
-    "LATIN8": "iso8859_14", "LATIN9": "iso8859_15", "LATIN10": "iso8859_16",
-}  # fmt: skip
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte
-
-
-def codec_of(encoding: str) -> str:
-    """Python's codec for a server encoding. Of one that Python does not know, only ASCII is read."""
-    if encoding in _CODECS:
-        return _CODECS[encoding]
-    if found := re.fullmatch(r"(WIN|LATIN|ISO_8859_)(\d+)", encoding):
-        return ("cp" if found[1] == "WIN" else "iso8859_") + found[2]
-    return "ascii"
-
-
-def readable(value: bytes, codec: str) -> str:
-    return value.decode(codec, "backslashreplace")
 
 
 def readable_json(value: bytes, codec: str) -> str:

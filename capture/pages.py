@@ -21,7 +21,7 @@ from psycopg import pq
 from capture import page_sql, surroundings
 from capture.catalog import Catalog
 from capture.encoder import EncodedRow
-from capture.encodings import SQL_ASCII, codec_of
+from consumers.encodings import SQL_ASCII, codec_of
 from capture.page_sql import NULL, Bounds
 from capture.published import Published, look, parts_of
 from consumers.models import Source

@@ -14,7 +14,7 @@ import psycopg
 
 from capture import history, membership, surroundings
 from capture.catalog import Catalog
-from capture.encodings import SQL_ASCII, UTF8, codec_of
+from consumers.encodings import SQL_ASCII, UTF8, codec_of
 from capture.lsn import format_lsn
 from capture.stream import ReplicationStream, SlotActive, StreamEnded, Untranslatable
 from capture.surroundings import Slot

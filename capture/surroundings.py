@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from capture.encodings import codec_of, readable
+from consumers.encodings import codec_of, readable
 from capture.membership import Member, Publication, Seen
 from consumers.hosting import readable_bytes, setting_bytes
 from consumers.models import Source

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import sql
 
+from consumers.encodings import codec_of, readable
 from consumers.findings import one
 
 KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index", "c": "a type"}
@@ -36,9 +37,15 @@ def publishes_via_root(conn: psycopg.Connection[Any], name: str) -> bool:
 def published(conn: psycopg.Connection[Any], publication: str) -> list[str]:
     """The names under which changes arrive, as `schema.table`, sorted."""
     rows = conn.execute(
-        "SELECT schemaname || '.' || tablename FROM pg_publication_tables WHERE pubname = %s ORDER BY 1", [publication]
+        "SELECT convert_to(schemaname || '.' || tablename, 'SQL_ASCII') FROM pg_publication_tables WHERE pubname = %s", [publication]
     ).fetchall()
-    return [row[0] for row in rows]
+    codec = _codec(conn)
+    return sorted(readable(row[0], codec) for row in rows)
+
+
+def _codec(conn: psycopg.Connection[Any]) -> str:
+    """Of the database's names, which are read as they are stored: whatever its encoding, none is refused."""
+    return codec_of(one(conn, "SELECT getdatabaseencoding()"))
 
 
 _LEAVES_SQL = """
@@ -136,12 +143,12 @@ def missing(conn: psycopg.Connection[Any], publication: str, wanted: Iterable[st
     rows = conn.execute(
         """
         WITH arriving AS (SELECT DISTINCT relid FROM pg_get_publication_tables(%(publication)s))
-        SELECT n.nspname || '.' || c.relname, c.relkind::text, c.relpersistence::text,
+        SELECT convert_to(n.nspname || '.' || c.relname, 'SQL_ASCII'), c.relkind::text, c.relpersistence::text,
                n.nspname || '.' || c.relname = ANY (%(wanted)s),
                c.relkind = 'p' AND (EXISTS (SELECT FROM pg_partition_tree(c.oid) t JOIN arriving a ON a.relid = t.relid)
                  OR EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
                             WHERE p.pubname = %(publication)s AND r.prrelid = c.oid)),
-               (SELECT m.nspname || '.' || root.relname FROM pg_partition_ancestors(c.oid) t JOIN arriving a ON a.relid = t.relid
+               (SELECT convert_to(m.nspname || '.' || root.relname, 'SQL_ASCII') FROM pg_partition_ancestors(c.oid) t JOIN arriving a ON a.relid = t.relid
                 JOIN pg_class root ON root.oid = t.relid JOIN pg_namespace m ON m.oid = root.relnamespace
                 WHERE c.relispartition AND t.relid <> c.oid LIMIT 1),
                EXISTS (SELECT FROM arriving a WHERE a.relid = c.oid)
@@ -152,13 +159,15 @@ def missing(conn: psycopg.Connection[Any], publication: str, wanted: Iterable[st
         """,
         {"publication": publication, "wanted": names},
     ).fetchall()
-    there = {row[0] for row in rows}
+    codec = _codec(conn)
+    there = {readable(row[0], codec) for row in rows}
     found = [
         Missing(name, "absent", f"there is no table {name}") for name in names if not name.endswith(".*") and name not in there
     ]
-    for table, kind, persistence, by_name, as_partitions, root, arrives in rows:
+    for raw, kind, persistence, by_name, as_partitions, root, arrives in rows:
         if not arrives and (by_name or not as_partitions):
-            found.append(_why(conn, publication, table, kind, persistence, as_partitions, root))
+            table, through = readable(raw, codec), None if root is None else readable(root, codec)
+            found.append(_why(conn, publication, table, kind, persistence, as_partitions, through))
     return found
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capture.encoder import ArrayOf, RowEncoder, converter_of, text_to_json, unconverted
-from capture.encodings import codec_of, readable
+from consumers.encodings import codec_of, readable
 from capture.pgoutput import UNCHANGED
 
 

@@ -347,7 +347,7 @@ class Engine(RuleBasedStateMachine):
         known = sorted(self.messages)
         point = known[pick % len(known)] - 1
         if point >= self.position and not ahead:
-            point = self.position - 1
+            point = max(known[0], self.position) - 1
         done = rewinds.rewind(self.id, self.log.source.pk, point)
         moved = point < self.position
         self.position = min(self.position, point)
