@@ -7,7 +7,6 @@ import pwd
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+
+from tests.ports import new_port
 
 PASSWORD = "server-password"
 SETTINGS = {
@@ -61,7 +62,7 @@ class Cluster:
         self.binaries = binaries or embedded_binaries()
         self.settings = {**SETTINGS, **settings}
         self.data = self.directory / "data"
-        self.port = _free_port()
+        self.port = new_port()
         self.process: subprocess.Popen[bytes] | None = None
         self._as = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
         if self._as is not None:
@@ -141,9 +142,3 @@ class Cluster:
         if self._as is None:
             return {}
         return {"user": self._as.pw_uid, "group": self._as.pw_gid, "extra_groups": []}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

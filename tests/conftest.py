@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,8 @@ import pytest
 from django.conf import settings
 from django.db import connection
 from psycopg import sql
+
+from tests.ports import new_port
 
 ROOT = Path(__file__).resolve().parent.parent
 ROLE_PASSWORD = "source-password"
@@ -54,9 +55,7 @@ def wait_for() -> Callable[..., Any]:
 
 @pytest.fixture
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return new_port()
 
 
 class StoreServer:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -16,6 +15,7 @@ from typing import Any
 import psycopg
 
 from tests.conftest import ROOT, wait_until
+from tests.ports import new_port
 
 NOT_INHERITED = ("DATABASE_URL", "SECRET_KEY", "ENCRYPTION_KEYS", "SEQUIN_HOME", "SEQUIN_ALLOWED_NETWORKS")
 
@@ -25,7 +25,7 @@ class Installation:
 
     def __init__(self, home: Path, *arguments: str, **environment: str) -> None:
         self.home, self.environment = home, environment
-        self.port = _free_port()
+        self.port = new_port()
         self.arguments = arguments
         self.output = home.parent / f"{home.name}.out"
         self.process: subprocess.Popen[bytes] | None = None
@@ -126,14 +126,6 @@ def leftovers(home: Path) -> list[str]:
             if command and (f"SEQUIN_HOME={home}\0".encode() in environment + b"\0" or f"{home}/" in command):
                 found.append(command)
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _command(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
