@@ -126,6 +126,8 @@ def leftovers(home: Path) -> list[str]:
             if command and (f"SEQUIN_HOME={home}\0".encode() in environment + b"\0" or f"{home}/" in command):
                 found.append(command)
     return found
+
+
 def _command(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
