@@ -11,6 +11,8 @@ from typing import Any
 
 import psycopg
 import pytest
+from django.core.management import call_command
+from django.core.management.base import CommandError
 
 from tests.conftest import ROOT, wait_until
 from tests.installation import Installation, leftovers
@@ -166,6 +168,13 @@ def test_a_killed_up_leaves_nothing_behind(installation: Installation) -> None:
     installation.process.kill()
     installation.process.wait(10)
     wait_until(lambda: not leftovers(installation.home), 15, "every process to be gone")
+
+
+@pytest.mark.parametrize("command", ["up", "run_web"])
+@pytest.mark.parametrize("port", ["0", "70000", "http"])
+def test_a_port_that_is_none_is_refused(command: str, port: str) -> None:
+    with pytest.raises(CommandError, match="expected a port from 1 to 65535"):
+        call_command(command, "--port", port)
 
 
 @pytest.mark.parametrize(

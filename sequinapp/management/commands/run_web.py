@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import threading
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--host", default="127.0.0.1")
-        parser.add_argument("--port", type=int, default=8000)
+        parser.add_argument("--port", type=port_number, default=8000)
 
     def handle(self, *_: Any, **options: Any) -> None:
         host, port = options["host"], options["port"]
@@ -59,6 +59,12 @@ class Command(BaseCommand):
         os.environ["SEQUIN_WEB_BEATS"] = f"{dialled(host)}:{port}"
         self.stderr.write(f"serving http://{host}:{port}")
         server.serve()
+
+
+def port_number(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65_535:
+        raise ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
+    return int(text)
 
 
 def demand_free(host: str, port: int) -> None:

@@ -27,7 +27,7 @@ from consumers.tokens import create_token, find_caller
 from sequinapp import playground
 from sequinapp.embedded_postgres import EmbeddedPostgres
 from sequinapp.env import read_or_make
-from sequinapp.management.commands.run_web import demand_free, dialled
+from sequinapp.management.commands.run_web import demand_free, dialled, port_number
 from sequinapp.supervision import Child, Supervisor
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--host", default="127.0.0.1")
-        parser.add_argument("--port", type=int, default=8000)
+        parser.add_argument("--port", type=port_number, default=8000)
         parser.add_argument("--no-playground", action="store_true")
 
     def handle(self, *_: Any, **options: Any) -> None:
