@@ -1,6 +1,7 @@
 """`manage.py up` as a newcomer uses it: insert with psql, receive with curl, see it pushed; start and stop cleanly."""
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ PULL, PUSH = "playground-pull", "playground-push"
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     base = tmp_path_factory.mktemp("up")
-    made = Installation(base / "home")
+    made = Installation(base / "home", SEQUIN_LOG_FORMAT="json")
     made.start()
     yield made
     if made.process is not None and made.process.poll() is None:
@@ -62,6 +63,11 @@ def take(installation: Installation) -> list[str]:
     if messages:
         installation.ack(PULL, messages)
     return [message["data"]["action"] for message in messages]
+
+
+def test_what_is_logged_is_json(installation: Installation) -> None:
+    lines = [line for line in installation.text().splitlines() if line.startswith("{")]
+    assert any(json.loads(line)["message"].startswith("serving http://") for line in lines), lines
 
 
 def test_a_second_up_is_refused_at_once(installation: Installation) -> None:

@@ -5,6 +5,7 @@ granian in WSGI mode, one process: a long poll holds a parked thread there and n
 from __future__ import annotations
 
 import http.client
+import logging
 import os
 import signal
 import socket
@@ -17,6 +18,8 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
 from consumers.parent import die_with_parent
+
+log = logging.getLogger(__name__)
 
 SPARE_THREADS = 100  # for those that do not wait
 KILL_AFTER_S = 2
@@ -57,7 +60,7 @@ class Command(BaseCommand):
             working_dir=Path(settings.BASE_DIR),
         )
         os.environ["SEQUIN_WEB_BEATS"] = f"{dialled(host)}:{port}"
-        self.stderr.write(f"serving http://{host}:{port}")
+        log.info("serving http://%s:%s", f"[{host}]" if ":" in host else host, port)
         server.serve()
 
 

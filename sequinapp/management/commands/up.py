@@ -59,7 +59,7 @@ class Command(BaseCommand):
         try:
             demand_free(self._host, self._port)
             self._start_store()
-            self._allow_loopback()
+            lines += self._allow_loopback()
             call_command("migrate", interactive=False, verbosity=0)
             lines += [*self._administrator(), *self._token()]
             lines += self._playground(not options["no_playground"])
@@ -141,18 +141,19 @@ class Command(BaseCommand):
 
     # What a newcomer needs ----------------------------------------------------------------------------------------------
 
-    def _allow_loopback(self) -> None:
-        if not os.environ.get("SEQUIN_ALLOWED_NETWORKS"):
-            os.environ["SEQUIN_ALLOWED_NETWORKS"] = LOOPBACK
-            self.stderr.write(f"push endpoints may reach loopback here (SEQUIN_ALLOWED_NETWORKS={LOOPBACK})")
+    def _allow_loopback(self) -> list[str]:
+        if os.environ.get("SEQUIN_ALLOWED_NETWORKS"):
+            return []
+        os.environ["SEQUIN_ALLOWED_NETWORKS"] = LOOPBACK
+        return [f"push endpoints may reach loopback here (SEQUIN_ALLOWED_NETWORKS={LOOPBACK})"]
 
     def _administrator(self) -> list[str]:
         users = get_user_model().objects
-        name = os.environ.get("SEQUIN_ADMIN_USER") or "admin"
+        name = settings.SEQUIN_ADMIN_USER
         line = f"console      {self._url('/admin/')}   user {name}"
         if users.filter(is_superuser=True).exists():
             return [line + "   (the password was printed at the first start; `manage.py changepassword` sets another)"]
-        password = os.environ.get("SEQUIN_ADMIN_PASSWORD")
+        password = settings.SEQUIN_ADMIN_PASSWORD
         shown = "from SEQUIN_ADMIN_PASSWORD" if password else (password := secrets.token_urlsafe(12))
         users.create_superuser(name, "", password)
         return [line + f"   password {shown}"]
