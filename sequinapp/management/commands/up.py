@@ -29,6 +29,7 @@ from sequinapp.embedded_postgres import EmbeddedPostgres
 from sequinapp.env import read_or_make
 from sequinapp.management.commands.run_web import demand_free, dialled, port_number
 from sequinapp.supervision import Child, Supervisor
+from sequinapp.terminal import terminal_of_our_own
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,10 @@ class Command(BaseCommand):
         parser.add_argument("--no-playground", action="store_true")
 
     def handle(self, *_: Any, **options: Any) -> None:
+        with terminal_of_our_own():
+            self._run(**options)
+
+    def _run(self, **options: Any) -> None:
         self._host, self._port = options["host"], options["port"]
         self._postgres: EmbeddedPostgres | None = None
         self._server: Any = None
