@@ -22,7 +22,7 @@ from django.db import DatabaseError, connection
 from consumers.models import Source
 from consumers.store import lifecycle
 from consumers.store.backlogs import enforce
-from consumers.store.connection import store_connection
+from consumers.store.connection import store_connection, why_away
 from consumers.store.models import Heartbeat
 from consumers.store.partitions import maintain
 
@@ -64,7 +64,7 @@ class Readers:
                     self._look()
                     self._pause(early=True)
                 except DatabaseError as error:
-                    log.warning("the store is away: %s", " ".join(str(error).split())[:200])
+                    log.warning("the store is away: %s", why_away(error))
                     connection.close()
                     self._pause(early=False)
         finally:

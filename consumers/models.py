@@ -250,7 +250,7 @@ class Consumer(Named):
     concurrency = models.IntegerField(default=10, validators=[MinValueValidator(1), MaxValueValidator(1000)])
 
     objects = ByName()
-    notices: Sequence[Notice] = ()  # of the last save: where the filter is not exact
+    notices: Sequence[Notice] = ()  # of the last save: where filter or groups are not what they seem
 
     class Meta(Named.Meta):
         abstract = False

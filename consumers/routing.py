@@ -1,4 +1,6 @@
-"""Judge a consumer's `where` and `transform` before it is saved: against Postgres' grammar, its catalog, and the source's tables."""
+"""Judge a consumer's `where`, `transform` and `group_columns` before it is saved: against Postgres' grammar, its catalog, and
+the source's tables.
+"""
 from __future__ import annotations
 
 from typing import Any
@@ -13,6 +15,7 @@ from consumers.filters.grammar import Refused, parse
 from consumers.lua import transformer
 from consumers.source_connection import SourceUnreachable, connect
 from consumers.source_tables import read_shapes
+from consumers.store.types import RelationShape
 
 
 def clean_where(text: str) -> None:
@@ -36,11 +39,7 @@ def check_where(consumer: Any) -> list[Notice]:
     """
     if not consumer.where:
         return []
-    try:
-        with connect(consumer.source) as conn:
-            shapes = read_shapes(conn, consumer.source.publication_name, consumer.tables)
-    except SourceUnreachable as error:
-        raise ValidationError({"where": f"{error}. A filter is checked against the tables, so the source must answer"}) from None
+    shapes = _shapes(consumer, "where", "A filter is checked")
     connection.ensure_connection()
     tables = [table_of(connection.connection, shape) for shape in shapes]
     try:
@@ -50,6 +49,32 @@ def check_where(consumer: Any) -> list[Notice]:
         raise ValidationError({"where": told(refused, consumer.where)}) from None
     identities = {f"{shape.schema}.{shape.table}": shape.replica_identity for shape in shapes}
     return checking.notices(condition, tables, identities, consumer.actions)
+
+
+def check_groups(consumer: Any) -> list[Notice]:
+    """Look for the `group_columns` in each of the consumer's tables. Raises ValidationError for one that none of them has.
+
+    Answers which tables lack one: there it counts as NULL for every row.
+    """
+    if not consumer.group_columns:
+        return []
+    shapes = _shapes(consumer, "group_columns", "Group columns are checked")
+    lacking = {f"{shape.schema}.{shape.table}": set(consumer.group_columns) - {c.name for c in shape.columns} for shape in shapes}
+    for column in consumer.group_columns:
+        if lacking and all(column in columns for columns in lacking.values()):
+            raise ValidationError({"group_columns": f"{', '.join(list(lacking)[:5])}: no column {column!r} is published there"})
+    return [
+        Notice(f"{table} has no {', '.join(sorted(columns))}: in its groups that counts as NULL, so more of its rows wait for each other")
+        for table, columns in lacking.items() if columns
+    ]  # fmt: skip
+
+
+def _shapes(consumer: Any, field: str, why: str) -> list[RelationShape]:
+    try:
+        with connect(consumer.source) as conn:
+            return read_shapes(conn, consumer.source.publication_name, consumer.tables)
+    except SourceUnreachable as error:
+        raise ValidationError({field: f"{error}. {why} against the tables, so the source must answer"}) from None
 
 
 def told(refused: Refused, text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from django.db import DatabaseError, connection
 
 from consumers.store import counters, hot
+from consumers.store.connection import why_away
 from delivery import alerting
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Chores:
                 try:
                     task()
                 except (DatabaseError, OSError) as error:
-                    log.warning("%s waits for the store: %s", threading.current_thread().name, " ".join(str(error).split())[:200])
+                    log.warning("%s waits for the store: %s", threading.current_thread().name, why_away(error))
                     connection.close()
                 except Exception:
                     log.exception("a round of %s failed", threading.current_thread().name)

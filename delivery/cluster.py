@@ -22,6 +22,7 @@ from django_q.tasks import async_task
 from redis.exceptions import RedisError
 
 from consumers.store import backfills, lifecycle, turns
+from consumers.store.connection import why_away
 from delivery.chores import Chores
 from delivery.push.tasks import PUMP_TASK
 
@@ -192,7 +193,7 @@ class Watcher:
                         replay_at = now + LOOK_EVERY_S
                         replay_at = now + self._replay.look(now)
                 except (DatabaseError, OSError, RedisError) as error:
-                    log.warning("the store or the broker is away: %s", " ".join(str(error).split())[:200])
+                    log.warning("the store or the broker is away: %s", why_away(error))
                     connection.close()
                     self._push.forgive()
                     push_at = replay_at = now + LOOK_EVERY_S

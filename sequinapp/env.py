@@ -20,6 +20,9 @@ from django.core.exceptions import ImproperlyConfigured
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 DURATION_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+HOST = r"\*|\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?|\[[0-9A-Fa-f:.]+\]"
+ORIGIN = r"https?://(\*\.)?[A-Za-z0-9_.:\[\]-]+"
+USER_NAME = r"[\w.@+-]{1,150}"  # what Django takes
 LOG_LEVELS = ("debug", "info", "warning", "error")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -35,6 +38,8 @@ class Environment:
     allowed_hosts: list[str]
     csrf_trusted_origins: list[str]
     debug: bool
+    admin_user: str
+    admin_password: str | None
     broker_url: str | None
     email: dict[str, Any] | None
     email_from: str
@@ -65,9 +70,11 @@ def read() -> Environment:
         home=home,
         secret_key=_key("SECRET_KEY", database_url, home, lambda: secrets.token_urlsafe(50)),
         encryption_keys=_fernet_keys(_key("ENCRYPTION_KEYS", database_url, home, lambda: Fernet.generate_key().decode())),
-        allowed_hosts=_list("ALLOWED_HOSTS") or ["localhost", "127.0.0.1", "[::1]"],
-        csrf_trusted_origins=_list("CSRF_TRUSTED_ORIGINS"),
+        allowed_hosts=_each("ALLOWED_HOSTS", HOST, "names such as example.com, .example.com or *") or ["localhost", "127.0.0.1", "[::1]"],
+        csrf_trusted_origins=_each("CSRF_TRUSTED_ORIGINS", ORIGIN, "origins such as https://example.com"),
         debug=_bool("DEBUG"),
+        admin_user=_admin_user(),
+        admin_password=os.environ.get("SEQUIN_ADMIN_PASSWORD") or None,
         broker_url=_broker_url(),
         email=_email(),
         email_from=os.environ.get("EMAIL_FROM") or "sequin@localhost",
@@ -143,7 +150,7 @@ def read_or_make(path: Path, make: Any) -> str:
 
 
 def _key(name: str, database_url: str | None, home: Path, make: Any) -> str:
-    value = os.environ.get(name)
+    value = os.environ.get(name, "").strip()
     if value:
         return value
     if database_url is not None:
@@ -168,6 +175,21 @@ def _fernet_keys(text: str) -> list[str]:
 
 def _list(name: str) -> list[str]:
     return [item.strip() for item in os.environ.get(name, "").split(",") if item.strip()]
+
+
+def _each(name: str, pattern: str, expected: str) -> list[str]:
+    items = _list(name)
+    for item in items:
+        if not re.fullmatch(pattern, item):
+            raise ImproperlyConfigured(f"{name}: expected {expected}, apart by commas, got {item!r}")
+    return items
+
+
+def _admin_user() -> str:
+    name = os.environ.get("SEQUIN_ADMIN_USER", "").strip() or "admin"
+    if not re.fullmatch(USER_NAME, name):
+        raise ImproperlyConfigured(f"SEQUIN_ADMIN_USER: expected 1 to 150 letters, digits, @ . + - or _, got {name!r}")
+    return name
 
 
 def _bool(name: str) -> bool:
@@ -227,6 +249,10 @@ def _network(text: str) -> Network:
 
 def _broker_url() -> str | None:
     url = os.environ.get("Q_BROKER_URL", "").strip()
+    try:
+        _ = urlsplit(url).port
+    except ValueError as error:
+        raise ImproperlyConfigured(f"Q_BROKER_URL: {error}") from None
     if url and not url.startswith(("redis://", "rediss://", "unix://")):
         raise ImproperlyConfigured("Q_BROKER_URL: expected redis://HOST:PORT/DB, or unset for Postgres as the broker")
     return url or None

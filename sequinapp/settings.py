@@ -19,6 +19,7 @@ ALLOWED_HOSTS = ENV.allowed_hosts
 CSRF_TRUSTED_ORIGINS = ENV.csrf_trusted_origins
 
 SEQUIN_HOME = ENV.home
+SEQUIN_ADMIN_USER, SEQUIN_ADMIN_PASSWORD = ENV.admin_user, ENV.admin_password
 SEQUIN_WORKERS = ENV.workers
 SEQUIN_ALLOWED_NETWORKS = ENV.allowed_networks
 SEQUIN_MIN_FREE_DISK = ENV.min_free_disk

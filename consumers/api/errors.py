@@ -12,6 +12,7 @@ from rest_framework import exceptions
 
 from consumers.changes import InUse, errors_of
 from consumers.source_connection import SourceUnreachable
+from consumers.store.connection import why_away
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def answer(error: Exception, context: Any = None) -> HttpResponse | None:
     if isinstance(error, SourceUnreachable):
         return _say(422, str(error), validation_errors={"host": [str(error)]})
     if isinstance(error, (OperationalError, InterfaceError, psycopg_pool.PoolTimeout, psycopg_pool.PoolClosed)):
-        log.error("the store is away: %s", " ".join(str(error).split())[:300])
+        log.error("the store is away: %s", why_away(error))
         return _say(503, "the store is away; try again", headers={"Retry-After": "2"})
     if isinstance(error, DatabaseError) and "\\u0000" in repr(error):
         return _say(400, "a text may not contain a NUL character")

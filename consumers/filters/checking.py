@@ -16,9 +16,12 @@ from postgast import pg_query_pb2 as pg
 from consumers.filters import statements
 from consumers.filters.filtering import TIMEOUT_MS, filtering
 from consumers.filters.grammar import MOVING_DATES, PREFIX, Condition, Refused, moving_date, nodes
-from consumers.filters.rewriting import Fitted, Table, fit, meaning
+from consumers.filters.rewriting import Column, Fitted, Table, fit, meaning
 from consumers.store.connection import store_connection
 
+UNDECIDED = "with metadata.where_undecided"
+LARGE_TYPES = ("text", "character varying", "bytea", "json", "jsonb", "tsvector")
+LARGE_CHARACTERS = 500  # of four bytes each: below, a value stays in its row
 _VIEW = "CREATE TEMP VIEW sequin_check AS "
 _PINNED = {"statement_timeout": "2000", "search_path": "pg_catalog", "TimeZone": "UTC", "DateStyle": "ISO"}
 # Of the stable functions those whose result is fixed in UTC with ISO dates: of dates and times to texts, numbers and each other.
@@ -69,9 +72,14 @@ def notices(condition: Condition, tables: Iterable[Table], identities: dict[str,
         inexact = sorted({name.name for name in used if name.kind != "built_in" and not columns[name.name].exact})
         if inexact:
             found.append(Notice(f"{table}: {', '.join(inexact)} compares as text: its type is known to the source only"))
+        if "truncate" in actions and any(name.kind == "now" for name in used):
+            found.append(Notice(f"{table}: a truncate carries no row, so where the filter hangs on one it is delivered {UNDECIDED}"))
         if identities.get(str(table)) == "f":
             continue
         unknown = []
+        large = sorted({name.name for name in used if name.kind == "now" and _may_be_large(columns[name.name])})
+        if "update" in actions and large:
+            unknown.append(f"updates that leave a large (TOASTed) value of {', '.join(large)} as it is")
         if "update" in actions and any(name.kind == "before" and not columns[name.name].is_key for name in used):
             unknown.append("updates, whose old values are not known")
         if "delete" in actions and any(name.kind != "built_in" and not columns[name.name].is_key for name in used):
@@ -79,12 +87,21 @@ def notices(condition: Condition, tables: Iterable[Table], identities: dict[str,
         if unknown:
             found.append(
                 Notice(
-                    f"{table}: where the filter hangs on what is not there, messages are delivered with metadata.where_undecided: "
-                    + " and ".join(unknown),
+                    f"{table}: where the filter hangs on what is not there, messages are delivered {UNDECIDED}: " + " and ".join(unknown),
                     f"ALTER TABLE {table_name(table)} REPLICA IDENTITY FULL;",
                 )
             )
     return found
+
+
+def _may_be_large(column: Column) -> bool:
+    """Whether its values may be stored apart, and an update then does not bring one that it leaves alone."""
+    if column.is_key or not column.exact:
+        return False
+    limit = re.fullmatch(r"(?:character varying|character)\((\d+)\)", column.type)
+    if limit is not None:
+        return int(limit[1]) > LARGE_CHARACTERS
+    return column.type in LARGE_TYPES or column.type.endswith("[]")
 
 
 def table_name(table: Table) -> str:

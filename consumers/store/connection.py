@@ -40,3 +40,10 @@ def held_connection(application_name: str) -> psycopg.Connection[Any]:
         conn.execute("SELECT set_config(%s, %s, false)", [name, value])
     conn.execute("SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'")
     return conn
+
+
+def why_away(error: BaseException) -> str:
+    """What keeps us from the store, as one line for the log."""
+    if isinstance(error.__cause__ or error, (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedFunction)):
+        return "it is not migrated, run `manage.py migrate`"
+    return " ".join(str(error).split())[:200]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import sql
 
-from consumers.store.connection import store_connection
+from consumers.store.connection import store_connection, why_away
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def keep_small(stopping: threading.Event) -> None:
                 while not stopping.wait(LOOK_EVERY_S):
                     tables.look(conn)
         except psycopg.Error as error:
-            log.warning("housekeeping waits for the store: %s", " ".join(str(error).split())[:200])
+            log.warning("housekeeping waits for the store: %s", why_away(error))
             stopping.wait(RECONNECT_S)
 
 

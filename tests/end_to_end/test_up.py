@@ -1,6 +1,7 @@
 """`manage.py up` as a newcomer uses it: insert with psql, receive with curl, see it pushed; start and stop cleanly."""
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from typing import Any
 
 import psycopg
 import pytest
+from django.core.management import call_command
+from django.core.management.base import CommandError
 
 from tests.conftest import ROOT, wait_until
 from tests.installation import Installation, leftovers
@@ -21,7 +24,7 @@ PULL, PUSH = "playground-pull", "playground-push"
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     base = tmp_path_factory.mktemp("up")
-    made = Installation(base / "home")
+    made = Installation(base / "home", SEQUIN_LOG_FORMAT="json")
     made.start()
     yield made
     if made.process is not None and made.process.poll() is None:
@@ -60,6 +63,11 @@ def take(installation: Installation) -> list[str]:
     if messages:
         installation.ack(PULL, messages)
     return [message["data"]["action"] for message in messages]
+
+
+def test_what_is_logged_is_json(installation: Installation) -> None:
+    lines = [line for line in installation.text().splitlines() if line.startswith("{")]
+    assert any(json.loads(line)["message"].startswith("serving http://") for line in lines), lines
 
 
 def test_a_second_up_is_refused_at_once(installation: Installation) -> None:
@@ -166,6 +174,13 @@ def test_a_killed_up_leaves_nothing_behind(installation: Installation) -> None:
     installation.process.kill()
     installation.process.wait(10)
     wait_until(lambda: not leftovers(installation.home), 15, "every process to be gone")
+
+
+@pytest.mark.parametrize("command", ["up", "run_web"])
+@pytest.mark.parametrize("port", ["0", "70000", "http"])
+def test_a_port_that_is_none_is_refused(command: str, port: str) -> None:
+    with pytest.raises(CommandError, match="expected a port from 1 to 65535"):
+        call_command(command, "--port", port)
 
 
 @pytest.mark.parametrize(

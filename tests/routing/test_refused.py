@@ -129,6 +129,8 @@ def test_saving_tells_where_a_filter_is_not_exact(shop: Shop, consumer: Any) -> 
     assert "mood compares as text" in notices[0].text
     assert "updates" in notices[1].text and "deletes" in notices[1].text
     assert notices[1].sql == 'ALTER TABLE "public"."orders" REPLICA IDENTITY FULL;'
+    large = [notice.text for notice in check_where(consumer("status = 'x' AND id = 1 AND flag", actions=["insert", "update", "truncate"]))]
+    assert "a truncate carries no row" in large[0] and "a large (TOASTed) value of status as it is" in large[1] and len(large) == 2
     shop.execute(notices[1].sql)
     assert [notice.text for notice in check_where(consumer("old.status = 'x'"))] == []
     assert check_where(consumer("id = 1", actions=["insert"])) == []

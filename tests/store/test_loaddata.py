@@ -23,7 +23,7 @@ def fixture(source_database: SourceDatabase, tmp_path: Path, monkeypatch: pytest
     source_database.execute("CREATE TABLE orders (id int PRIMARY KEY)")
     monkeypatch.setenv("SHOP_PASSWORD", source_database.password)
 
-    def load(backfills: Any = (), **changes: dict[str, Any]) -> str:
+    def load(backfills: Any = (), *, backwards: bool = False, **changes: dict[str, Any]) -> str:
         entries = [
             {"model": "consumers.httpendpoint", "fields": {"name": "hooks", "url": "https://example.com/", **changes.get("endpoint", {})}},
             {"model": "consumers.source", "fields": {
@@ -36,7 +36,7 @@ def fixture(source_database: SourceDatabase, tmp_path: Path, monkeypatch: pytest
             *({"model": "consumers.backfill", "fields": {"consumer": ["push"], "table": "public.orders", **fields}} for fields in backfills),
         ]  # fmt: skip
         path = tmp_path / "shop.json"
-        path.write_text(json.dumps(entries))
+        path.write_text(json.dumps(entries[::-1] if backwards else entries))
         capsys.readouterr()
         call_command("loaddata", str(path))
         return str(capsys.readouterr().out).strip()
@@ -59,6 +59,10 @@ def test_loading_makes_everything_and_loading_again_changes_nothing(fixture: Any
     with connection.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM consumer_position")
         assert cursor.fetchone() == (1,)
+
+
+def test_the_order_of_the_objects_is_no_matter(fixture: Any) -> None:
+    assert fixture([{}], backwards=True) == "4 created, 0 changed, 0 unchanged"
 
 
 def test_a_backfill_is_begun_once(fixture: Any, source_database: SourceDatabase) -> None:
@@ -96,6 +100,8 @@ def test_only_what_differs_is_saved(fixture: Any) -> None:
         ("consumer", {"tables": ["public.nowhere"]}, ["object 3", "consumers.consumer push", "tables", "no table public.nowhere"]),
         ("consumer", {"batch_size": "many"}, ["object 3", "batch_size", "whole number"]),
         ("consumer", {"where": "a > 1"}, ["object 3", "where", "line 1, column 1", "no column 'a'"]),
+        ("consumer", {"group_columns": ["nowhere"]}, ["object 3", "group_columns", "public.orders", "'nowhere'"]),
+        ("consumer", {"tables": None}, ["object 3", "tables", "a list of texts"]),
         ("consumer", {"colour": "red"}, ["object 3", "colour", "is not a field"]),
         ("consumer", {"source": ["nowhere"]}, ["object 3", "source", "no source"]),
         ("consumer", {"slot_created": True}, ["object 3", "slot_created", "is not a field"]),

@@ -62,6 +62,9 @@ class Command(BaseCommand):
             for path in map(_find, options["files"])
             for number, entry in enumerate(_read(path), 1)
         ]  # fmt: skip
+        # What is referred to comes first, whatever the order in the files.
+        order = {label: place for place, label in enumerate(MODELS)}
+        entries.sort(key=lambda one: order.get(_label(one[2]), 0))
         prepared: dict[Any, Prepared] = {}
         try:
             # Slots first and outside the transaction: making one waits for every open transaction of its server, which
@@ -240,7 +243,8 @@ def _typed(name: str, field: models.Field[Any, Any], value: Any) -> Any:
     wrong_text = isinstance(field, (models.CharField, models.TextField)) and not isinstance(value, (str, dict))
     wrong_int = isinstance(field, models.IntegerField) and (isinstance(value, bool) or not str(value).lstrip("-").isdigit())
     if value is None or wrong_text or wrong_int:
-        kind = "a whole number" if wrong_int or isinstance(field, models.IntegerField) else "a text"
+        kind = "a list of texts" if hasattr(field, "base_field") else "a text"
+        kind = "a whole number" if wrong_int or isinstance(field, models.IntegerField) else kind
         raise Refused(name, f"expected {kind}, got {json.dumps(value)}")
     if hasattr(field, "base_field") and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
         raise Refused(name, f"expected a list of texts, got {json.dumps(value)}")

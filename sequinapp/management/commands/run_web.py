@@ -5,11 +5,12 @@ granian in WSGI mode, one process: a long poll holds a parked thread there and n
 from __future__ import annotations
 
 import http.client
+import logging
 import os
 import signal
 import socket
 import threading
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
 from consumers.parent import die_with_parent
+
+log = logging.getLogger(__name__)
 
 SPARE_THREADS = 100  # for those that do not wait
 KILL_AFTER_S = 2
@@ -30,7 +33,7 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--host", default="127.0.0.1")
-        parser.add_argument("--port", type=int, default=8000)
+        parser.add_argument("--port", type=port_number, default=8000)
 
     def handle(self, *_: Any, **options: Any) -> None:
         host, port = options["host"], options["port"]
@@ -57,8 +60,14 @@ class Command(BaseCommand):
             working_dir=Path(settings.BASE_DIR),
         )
         os.environ["SEQUIN_WEB_BEATS"] = f"{dialled(host)}:{port}"
-        self.stderr.write(f"serving http://{host}:{port}")
+        log.info("serving http://%s:%s", f"[{host}]" if ":" in host else host, port)
         server.serve()
+
+
+def port_number(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65_535:
+        raise ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
+    return int(text)
 
 
 def demand_free(host: str, port: int) -> None:

@@ -27,8 +27,9 @@ from consumers.tokens import create_token, find_caller
 from sequinapp import playground
 from sequinapp.embedded_postgres import EmbeddedPostgres
 from sequinapp.env import read_or_make
-from sequinapp.management.commands.run_web import demand_free, dialled
+from sequinapp.management.commands.run_web import demand_free, dialled, port_number
 from sequinapp.supervision import Child, Supervisor
+from sequinapp.terminal import terminal_of_our_own
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,14 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--host", default="127.0.0.1")
-        parser.add_argument("--port", type=int, default=8000)
+        parser.add_argument("--port", type=port_number, default=8000)
         parser.add_argument("--no-playground", action="store_true")
 
     def handle(self, *_: Any, **options: Any) -> None:
+        with terminal_of_our_own():
+            self._run(**options)
+
+    def _run(self, **options: Any) -> None:
         self._host, self._port = options["host"], options["port"]
         self._postgres: EmbeddedPostgres | None = None
         self._server: Any = None
@@ -59,7 +64,7 @@ class Command(BaseCommand):
         try:
             demand_free(self._host, self._port)
             self._start_store()
-            self._allow_loopback()
+            lines += self._allow_loopback()
             call_command("migrate", interactive=False, verbosity=0)
             lines += [*self._administrator(), *self._token()]
             lines += self._playground(not options["no_playground"])
@@ -141,18 +146,19 @@ class Command(BaseCommand):
 
     # What a newcomer needs ----------------------------------------------------------------------------------------------
 
-    def _allow_loopback(self) -> None:
-        if not os.environ.get("SEQUIN_ALLOWED_NETWORKS"):
-            os.environ["SEQUIN_ALLOWED_NETWORKS"] = LOOPBACK
-            self.stderr.write(f"push endpoints may reach loopback here (SEQUIN_ALLOWED_NETWORKS={LOOPBACK})")
+    def _allow_loopback(self) -> list[str]:
+        if os.environ.get("SEQUIN_ALLOWED_NETWORKS"):
+            return []
+        os.environ["SEQUIN_ALLOWED_NETWORKS"] = LOOPBACK
+        return [f"push endpoints may reach loopback here (SEQUIN_ALLOWED_NETWORKS={LOOPBACK})"]
 
     def _administrator(self) -> list[str]:
         users = get_user_model().objects
-        name = os.environ.get("SEQUIN_ADMIN_USER") or "admin"
+        name = settings.SEQUIN_ADMIN_USER
         line = f"console      {self._url('/admin/')}   user {name}"
         if users.filter(is_superuser=True).exists():
             return [line + "   (the password was printed at the first start; `manage.py changepassword` sets another)"]
-        password = os.environ.get("SEQUIN_ADMIN_PASSWORD")
+        password = settings.SEQUIN_ADMIN_PASSWORD
         shown = "from SEQUIN_ADMIN_PASSWORD" if password else (password := secrets.token_urlsafe(12))
         users.create_superuser(name, "", password)
         return [line + f"   password {shown}"]
