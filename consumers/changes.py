@@ -16,7 +16,7 @@ from consumers import audit
 from consumers.backfill_rules import inspect, look_at_beginning, tables_to_backfill
 from consumers.models import Backfill, Consumer, HttpEndpoint, Source, groups_in_use
 from consumers.publishing import demand_publication, publish_tables
-from consumers.routing import check_where
+from consumers.routing import check_group_columns, check_where
 from consumers.source_connection import SourceUnreachable, reason_of
 from consumers.source_setup import (
     Prepared,
@@ -88,6 +88,7 @@ def rehearse(thing: Source | HttpEndpoint | Consumer) -> Prepared | None:
         return prepare(thing)
     if isinstance(thing, Consumer):
         thing.notices = check_where(thing)
+        check_group_columns(thing)
         if thing._state.adding:
             _publish(thing)
             _position(thing.source)
@@ -185,6 +186,8 @@ def _save_consumer(consumer: Consumer) -> None:
     before = None if consumer._state.adding else Consumer.objects.filter(pk=consumer.pk).first()
     if before is None or (before.tables, before.where) != (consumer.tables, consumer.where):
         consumer.notices = check_where(consumer)
+    if before is None or (before.tables, before.group_columns) != (consumer.tables, consumer.group_columns):
+        check_group_columns(consumer)
     if before is None or before.tables != consumer.tables:
         _publish(consumer)
     if before is None:

@@ -13,6 +13,7 @@ from consumers.filters.grammar import Refused, parse
 from consumers.lua import transformer
 from consumers.source_connection import SourceUnreachable, connect
 from consumers.source_tables import read_shapes
+from consumers.store.types import RelationShape
 
 
 def clean_where(text: str) -> None:
@@ -37,8 +38,7 @@ def check_where(consumer: Any) -> list[Notice]:
     if not consumer.where:
         return []
     try:
-        with connect(consumer.source) as conn:
-            shapes = read_shapes(conn, consumer.source.publication_name, consumer.tables)
+        shapes = _shapes(consumer)
     except SourceUnreachable as error:
         raise ValidationError({"where": f"{error}. A filter is checked against the tables, so the source must answer"}) from None
     connection.ensure_connection()
@@ -50,6 +50,35 @@ def check_where(consumer: Any) -> list[Notice]:
         raise ValidationError({"where": told(refused, consumer.where)}) from None
     identities = {f"{shape.schema}.{shape.table}": shape.replica_identity for shape in shapes}
     return checking.notices(condition, tables, identities, consumer.actions)
+
+
+def check_group_columns(consumer: Any) -> None:
+    """A column that is not there would put a whole table into one group. Raises ValidationError.
+
+    Each table that is named must have them; of those that a pattern matches, one. While the source does not answer, which
+    only an edit gets past, nothing is judged.
+    """
+    if not consumer.group_columns:
+        return
+    try:
+        shapes = _shapes(consumer)
+    except SourceUnreachable:
+        return
+    columns = {f"{shape.schema}.{shape.table}": {column.name for column in shape.columns} for shape in shapes}
+    problems = []
+    for column in consumer.group_columns:
+        without = [table for table in consumer.tables if table in columns and column not in columns[table]]
+        if without:
+            problems.append(f"{', '.join(without)} has no column {column!r}" if len(without) == 1 else f"{', '.join(without)} have no column {column!r}")
+        elif columns and not any(column in names for names in columns.values()):
+            problems.append(f"none of the tables has a column {column!r}")
+    if problems:
+        raise ValidationError({"group_columns": problems})
+
+
+def _shapes(consumer: Any) -> list[RelationShape]:
+    with connect(consumer.source) as conn:
+        return read_shapes(conn, consumer.source.publication_name, consumer.tables)
 
 
 def told(refused: Refused, text: str) -> str:

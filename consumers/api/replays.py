@@ -164,6 +164,8 @@ def _table_of(consumer: Consumer, to: Any) -> str | None:
     if table is not None:
         if not isinstance(table, str) or "." not in table or "\0" in table:
             raise BadParameter(f'to.table: expected "schema.table", got {table!r}')
+        if not consumer.takes(table):
+            raise BadParameter(f"to.table: {consumer.name} takes {', '.join(consumer.tables)}, and not {table}")
         return table
     named = consumer.tables and not any(name.endswith(".*") for name in consumer.tables)
     known = consumer.tables if named else rewinds.tables_of(consumer.pk)

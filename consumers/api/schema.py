@@ -10,6 +10,7 @@ from drf_spectacular.extensions import OpenApiAuthenticationExtension
 from drf_spectacular.generators import SchemaGenerator
 from drf_spectacular.views import SpectacularAPIView
 from rest_framework.authentication import SessionAuthentication
+from rest_framework.negotiation import DefaultContentNegotiation
 
 from consumers.admin.pages import page
 from consumers.tokens import ConsoleOrToken, TokenAuthentication
@@ -28,6 +29,7 @@ class BearerExtension(OpenApiAuthenticationExtension):
 
 
 class SchemaView(SpectacularAPIView):
+    content_negotiation_class = DefaultContentNegotiation  # YAML, or JSON with ?format=json
     authentication_classes = [SessionAuthentication, TokenAuthentication]
     permission_classes = [ConsoleOrToken]
 

@@ -9,7 +9,6 @@ from uuid import UUID
 from django.conf import settings
 from django.db import connection
 from django.http import HttpResponse
-from rest_framework.renderers import JSONRenderer
 from rest_framework.views import APIView
 
 from consumers.api.body import read_object
@@ -35,10 +34,6 @@ class PullView(APIView):
     """A call on one pull consumer."""
 
     required_scope = "pull"
-
-    def perform_content_negotiation(self, request: Any, force: bool = False) -> tuple[Any, str]:
-        """JSON, whatever the client accepts."""
-        return JSONRenderer(), "application/json"
 
     def receiver(self, name_or_id: str) -> Receiver:
         room.listen()
