@@ -136,6 +136,7 @@ SPECTACULAR_SETTINGS = {
     "DESCRIPTION": "Every change of a Postgres database, by HTTP push or pull.",
     "VERSION": "0.1.0",
     "SERVE_INCLUDE_SCHEMA": False,
+    "POSTPROCESSING_HOOKS": ["drf_spectacular.hooks.postprocess_schema_enums", "consumers.api.schema.with_errors"],
     "DISABLE_ERRORS_AND_WARNINGS": True,
     "SERVE_AUTHENTICATION": ["consumers.tokens.TokenAuthentication", "rest_framework.authentication.SessionAuthentication"],
     "SERVE_PERMISSIONS": ["consumers.tokens.ConsoleOrToken"],

@@ -15,7 +15,7 @@ from consumers.api.body import read_object
 from consumers.store import claims, lifecycle
 from consumers.store.types import Settled
 from consumers.tokens import Caller
-from delivery.pull.descriptions import RECEIPTS, RECEIVE_PARAMETERS, RECEIVED, described, settled
+from delivery.pull.descriptions import RECEIPTS, RECEIVE_BODY, RECEIVE_PARAMETERS, RECEIVED, described, settled
 from delivery.pull import directory, parameters
 from delivery.pull.directory import Receiver
 from delivery.pull.gates import one_of_few
@@ -56,7 +56,7 @@ class ReceiveView(PullView):
     def get(self, request: Any, consumer: str) -> HttpResponse:
         return self._receive(consumer, request.query_params)
 
-    @described("Receive messages", RECEIVED, RECEIVE_PARAMETERS)
+    @described("Receive messages", RECEIVED, RECEIVE_PARAMETERS, RECEIVE_BODY)
     def post(self, request: Any, consumer: str) -> HttpResponse:
         return self._receive(consumer, {**request.query_params.dict(), **read_object(request)})
 
