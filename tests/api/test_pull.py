@@ -159,9 +159,10 @@ def test_a_bad_query_is_400(world: World) -> None:
 
 def test_who_is_refused_early_gets_an_answer_and_no_broken_connection(world: World) -> None:
     """More than fits into the buffers between two ends: the client is still sending when the answer is made."""
+    consumer = world.consumer()
     large = b'{"a":"' + b"a" * 8_000_000 + b'"}'
     for client, status in ((world.client, 413), (replace(world.client, token="unknown"), 401)):
-        assert client.call("POST", "/api/http_pull_consumers/orders/ack", large).status == status
+        assert client.call("POST", f"/api/http_pull_consumers/{consumer.name}/ack", large).status == status
         assert client.call("POST", "/api/sources", large).status == status
 
 
