@@ -270,6 +270,10 @@ class Consumer(Named):
         if errors:
             raise ValidationError(errors)
 
+    def takes(self, table: str) -> bool:
+        """Whether this "schema.table" is one of its tables."""
+        return not self.tables or table in self.tables or f"{table.split('.', 1)[0]}.*" in self.tables
+
     def _clean_lists(self, errors: dict[str, Any]) -> None:
         for table in self.tables:
             try:
@@ -399,9 +403,7 @@ class Backfill(models.Model):
             raise ValidationError(errors)
 
     def _is_taken(self) -> bool:
-        if not self.consumer_id or not self.consumer.tables:
-            return True
-        return self.table in self.consumer.tables or f"{self.table.split('.', 1)[0]}.*" in self.consumer.tables
+        return not self.consumer_id or self.consumer.takes(self.table)
 
 
 class ApiToken(models.Model):

@@ -39,7 +39,10 @@ def check_where(consumer: Any) -> list[Notice]:
     """
     if not consumer.where:
         return []
-    shapes = _shapes(consumer, "where", "A filter is checked")
+    try:
+        shapes = _shapes(consumer)
+    except SourceUnreachable as error:
+        raise ValidationError({"where": f"{error}. A filter is checked against the tables, so the source must answer"}) from None
     connection.ensure_connection()
     tables = [table_of(connection.connection, shape) for shape in shapes]
     try:
@@ -52,29 +55,31 @@ def check_where(consumer: Any) -> list[Notice]:
 
 
 def check_groups(consumer: Any) -> list[Notice]:
-    """Look for the `group_columns` in each of the consumer's tables. Raises ValidationError for one that none of them has.
+    """A column that no table has would put each table into one group. Raises ValidationError.
 
-    Answers which tables lack one: there it counts as NULL for every row.
+    Answers which of the tables lack one. While the source does not answer, which only an edit gets past, nothing is judged.
     """
     if not consumer.group_columns:
         return []
-    shapes = _shapes(consumer, "group_columns", "Group columns are checked")
-    lacking = {f"{shape.schema}.{shape.table}": set(consumer.group_columns) - {c.name for c in shape.columns} for shape in shapes}
-    for column in consumer.group_columns:
-        if lacking and all(column in columns for columns in lacking.values()):
-            raise ValidationError({"group_columns": f"{', '.join(list(lacking)[:5])}: no column {column!r} is published there"})
+    try:
+        shapes = _shapes(consumer)
+    except SourceUnreachable:
+        return []
+    lacking = {f"{shape.schema}.{shape.table}": set(consumer.group_columns) - {column.name for column in shape.columns} for shape in shapes}
+    whose = next(iter(lacking), "") if len(lacking) == 1 else "none of the tables"
+    nowhere = [column for column in consumer.group_columns if lacking and all(column in columns for columns in lacking.values())]
+    problems = [f"{whose} has {'a' if len(lacking) > 1 else 'no'} column {column!r}" for column in nowhere]
+    if problems:
+        raise ValidationError({"group_columns": problems})
     return [
         Notice(f"{table} has no {', '.join(sorted(columns))}: in its groups that counts as NULL, so more of its rows wait for each other")
         for table, columns in lacking.items() if columns
     ]  # fmt: skip
 
 
-def _shapes(consumer: Any, field: str, why: str) -> list[RelationShape]:
-    try:
-        with connect(consumer.source) as conn:
-            return read_shapes(conn, consumer.source.publication_name, consumer.tables)
-    except SourceUnreachable as error:
-        raise ValidationError({field: f"{error}. {why} against the tables, so the source must answer"}) from None
+def _shapes(consumer: Any) -> list[RelationShape]:
+    with connect(consumer.source) as conn:
+        return read_shapes(conn, consumer.source.publication_name, consumer.tables)
 
 
 def told(refused: Refused, text: str) -> str:

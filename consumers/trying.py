@@ -67,6 +67,8 @@ class Sample(NamedTuple):
     whole: bytes
     old_values_known: bool
     shape: RelationShape
+    undecided: tuple[str, bytes]
+    """`metadata` and `whole` as they are when the filter lets it through undecided."""
 
 
 class Problem(NamedTuple):
@@ -133,7 +135,10 @@ def _sample(row: tuple[Any, ...], to: Addressing) -> Sample:
         notes, source, backfill,
     )  # fmt: skip
     shape = _shape(oid, schema, table, columns, primary_key, identity)
-    return Sample(message.action, record, changes, metadata(message, to), render(message, to), known, shape)
+    unsure = message._replace(where_undecided=True)
+    return Sample(
+        message.action, record, changes, metadata(message, to), render(message, to), known, shape, (metadata(unsure, to), render(unsure, to))
+    )
 
 
 def pasted(consumer: Consumer, messages: Sequence[Any], written: Callable[[Any], str]) -> list[Sample]:
@@ -151,11 +156,15 @@ def pasted(consumer: Consumer, messages: Sequence[Any], written: Callable[[Any],
         if action not in ACTIONS.values():
             raise ValidationError({"messages": f"message {number}: action: expected one of {', '.join(ACTIONS.values())}"})
         record, changes = written(message["record"]), message.get("changes")
-        whole = f'{{"record":{record},"metadata":{written(about)}}}' if consumer.stream == "rows" else written(message)
+        unsure = {**about, "where_undecided": True}
+        whole, whole_unsure = (
+            f'{{"record":{record},"metadata":{written(told)}}}' if consumer.stream == "rows" else written({**message, **extra})
+            for told, extra in ((about, {}), (unsure, {"metadata": unsure}))
+        )
         samples.append(
             Sample(
                 action, record, written(changes) if isinstance(changes, dict) else None, written(about), whole.encode(),
-                about.get("old_values_known", True) is True, _shape_of(consumer, about, number),
+                about.get("old_values_known", True) is True, _shape_of(consumer, about, number), (written(unsure), whole_unsure.encode()),
             )
         )  # fmt: skip
     return samples
@@ -166,11 +175,16 @@ def run(consumer: Consumer, samples: Sequence[Sample]) -> list[Tried]:
     condition = parse(consumer.where) if consumer.where else None
     verdicts = [_judge(condition, sample) for sample in samples]
     chosen = [number for number, verdict in enumerate(verdicts) if verdict in (PASSES, UNDECIDED)]
-    results: list[Result] = [samples[number].whole for number in chosen]
+    delivered = [_delivered(samples[number], verdicts[number] == UNDECIDED) for number in chosen]
+    results: list[Result] = [sample.whole for sample in delivered]
     if consumer.transform:
-        results = _pool.run("trying", consumer.transform, [_call(samples[number]) for number in chosen])
+        results = _pool.run("trying", consumer.transform, [_call(sample) for sample in delivered])
     made = dict(zip(chosen, results, strict=True))
     return [_tried(sample, verdict, made.get(number)) for number, (sample, verdict) in enumerate(zip(samples, verdicts, strict=True))]
+
+
+def _delivered(sample: Sample, undecided: bool) -> Sample:
+    return sample._replace(metadata=sample.undecided[0], whole=sample.undecided[1]) if undecided else sample
 
 
 def _tried(sample: Sample, verdict: int | Problem, result: Result) -> Tried:

@@ -11,6 +11,7 @@ class DeliveryConfig(AppConfig):
     def ready(self) -> None:
         from consumers import tokens  # noqa: F401  (connects its receiver)
         from delivery import checks  # noqa: F401  (registers them)
+        from delivery.receiver import forgetting  # noqa: F401  (connects its receiver)
 
         if settings.IS_WEB:
             from delivery.pull.waiting import close_on_stop_signal

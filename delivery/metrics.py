@@ -1,7 +1,7 @@
 """What /metrics says, for Prometheus: read from the store on each scrape, so every web process says the same."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 from uuid import UUID
@@ -17,6 +17,7 @@ from consumers.store import counters
 from consumers.store.counters import Total
 from consumers.store.models import ConsumerPosition, SourceStatus
 
+PARKED_REASONS = ("retry", "blocked", "error", "dead")
 EXACT_LAG = 10_000  # messages counted; beyond it an estimate
 
 
@@ -33,7 +34,7 @@ class StoreCollector(Collector):
         yield from _sources(totals)
         yield from _consumers(totals)
         yield from _parked()
-        yield _delivery_seconds()
+        yield from _delivery_seconds()
         yield from _installation()
 
 
@@ -76,22 +77,35 @@ def _consumers(totals: dict[UUID, Total]) -> Iterator[Metric]:
 
 def _parked() -> Iterator[Metric]:
     parked = GaugeMetricFamily("sequin_consumer_parked", "Messages that cannot be delivered now, by reason", labels=["consumer", "reason"])
+    # A reason nothing is parked for is 0 and not absent: an alert on it has something to compare with.
     for consumer, reason, count in _rows(
-        "SELECT c.name, p.reason, sum(cardinality(p.ids)) FROM consumers_consumer c JOIN parked p ON p.consumer = c.id GROUP BY 1, 2"
+        "SELECT c.name, r.reason, coalesce(sum(cardinality(p.ids)), 0) FROM consumers_consumer c"
+        " CROSS JOIN unnest(%s::text[]) r(reason) LEFT JOIN parked p ON p.consumer = c.id AND p.reason = r.reason GROUP BY 1, 2 ORDER BY 1, 2",
+        [list(PARKED_REASONS)],
     ):
         parked.add_metric([consumer, reason], count)
     yield parked
 
 
-def _delivery_seconds() -> Metric:
-    took = HistogramMetricFamily("sequin_delivery_seconds", "From the commit on the source to the acknowledgement", labels=["consumer"])
-    for consumer, bounds, counts, total in _rows(
-        "SELECT c.name, sequin_delivery_bounds(), p.took_buckets, p.took_seconds FROM consumers_consumer c"
-        " JOIN consumer_position p ON p.consumer = c.id"
+def _delivery_seconds() -> Iterator[Metric]:
+    """Of everybody together, and of each consumer."""
+    about = "From the commit on the source to the acknowledgement"
+    together = HistogramMetricFamily("sequin_delivery_seconds", about)
+    apart = HistogramMetricFamily("sequin_consumer_delivery_seconds", f"{about}, by consumer", labels=["consumer"])
+    ends = [*map(str, _rows("SELECT sequin_delivery_bounds()")[0][0]), "+Inf"]
+    all_counts, all_seconds = [0.0] * len(ends), 0.0
+    for consumer, counts, seconds in _rows(
+        "SELECT c.name, p.took_buckets, p.took_seconds FROM consumers_consumer c JOIN consumer_position p ON p.consumer = c.id"
     ):
-        ends = [*map(str, bounds), "+Inf"]
-        took.add_metric([consumer], [(end, round(count)) for end, count in zip(ends, accumulate(counts), strict=True)], sum_value=total)
-    return took
+        apart.add_metric([consumer], _buckets(ends, counts), sum_value=seconds)
+        all_counts = [one + more for one, more in zip(all_counts, counts, strict=True)]
+        all_seconds += seconds
+    together.add_metric([], _buckets(ends, all_counts), sum_value=all_seconds)
+    yield from (together, apart)
+
+
+def _buckets(ends: list[str], counts: Sequence[float]) -> list[tuple[str, float]]:
+    return [(end, round(count)) for end, count in zip(ends, accumulate(counts), strict=True)]
 
 
 def _installation() -> Iterator[Metric]:
@@ -118,7 +132,7 @@ def _counter(name: str, about: str, label: str, found: dict[str, Total], value: 
     return family
 
 
-def _rows(query: str) -> list[tuple[Any, ...]]:
+def _rows(query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
     with connection.cursor() as cursor:
-        cursor.execute(query)
+        cursor.execute(query, parameters)
         return cursor.fetchall()

@@ -13,6 +13,7 @@ from consumers import audit
 from consumers.admin.listing import key_text
 from consumers.admin.pages import ask, is_confirmed, needs, page
 from consumers.models import Source
+from consumers.signals import key_erased
 from consumers.store import erasure
 from consumers.store.models import RelationVersion
 from consumers.words import counted
@@ -40,6 +41,7 @@ def erase(request: HttpRequest, pk: UUID) -> HttpResponse:
             " What is still to be delivered of it arrives empty. The source and backups are not touched.",
         )  # fmt: skip
     done = erasure.erase(pk, table, key)
+    key_erased.send(Source, source_id=pk, table=table)
     # The key itself is what must be forgotten: the audit log says which table and how many.
     audit.record("erase", source, done.messages, table=table, attempts=done.attempts, parked=done.parked)
     messages.success(request, f"Erased: {counted(done.messages, 'message')}, {counted(done.attempts, 'attempt')}, {counted(done.parked, 'parked row')}.")

@@ -185,7 +185,7 @@ class AttemptAdmin(ReadOnlyAdmin):
     list_display = ("at", "consumer", "message_id", "ok", "status", "error", "duration_ms", "deliver_count", "url")
     list_filter = ("consumer", "ok")
     list_select_related = ("consumer",)
-    fields = ("at", "consumer", "message_id", "ok", "status", "error", "duration_ms", "deliver_count", "url", "response")
+    fields = ("at", "consumer", "message_id", "ok", "status", "error", "duration_ms", "deliver_count", "url", "headers", "response")
     readonly_fields = fields
 
 

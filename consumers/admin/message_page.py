@@ -46,6 +46,7 @@ class Step(NamedTuple):
     at: Any
     text: str = ""
     answer: str = ""
+    headers: str = ""
 
 
 @needs(VIEW)
@@ -117,11 +118,15 @@ def _history(consumer: Consumer, message: ListedMessage, standing: Standing, att
             f"answered {attempt.status}" if attempt.ok else attempt.error or f"answered {attempt.status}"
         )
         text = f"POST {attempt.url}, {attempt.duration_ms:,} ms" if attempt.url else f"{attempt.duration_ms:,} ms"
-        steps.append(Step("ok" if attempt.ok else "bad", title, attempt.at, text, attempt.response or ""))
+        steps.append(Step("ok" if attempt.ok else "bad", title, attempt.at, text, attempt.response or "", _header_lines(attempt.headers)))
     if standing.state == "passed" and any(attempt.ok for attempt in attempts):
         standing = standing._replace(state="delivered")  # it was written down just now
     steps.append(_now(consumer, standing, bool(attempts)))
     return steps
+
+
+def _header_lines(headers: str | None) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in json.loads(headers).items()) if headers else ""
 
 
 def _now(consumer: Consumer, standing: Standing, tried: bool) -> Step:

@@ -56,7 +56,7 @@ def rewind(request: HttpRequest, pk: UUID) -> HttpResponse:
         messages.error(request, f"{consumer.name} is disabled and collects nothing: enable it first.")
         return redirect(back)
     try:
-        position, told = _point(consumer, request)
+        position, told, noted = _point(consumer, request)
         count, sample = _beyond(consumer, position)
         if not is_confirmed(request):
             about = f"{count:,}" if count < COUNTED else f"at least {COUNTED:,}"
@@ -65,7 +65,7 @@ def rewind(request: HttpRequest, pk: UUID) -> HttpResponse:
                 question=f"Deliver again everything from {told} on to {consumer.name}: {about} messages of its source? What is out becomes"
                 " stale, what is parked from there on comes again in its order.",
             )  # fmt: skip
-        done = replaying.rewind(consumer, position, told)
+        done = replaying.rewind(consumer, position, noted)
     except ValidationError as error:
         messages.error(request, " ".join(error.messages))
         return redirect(back)
@@ -191,20 +191,20 @@ def _backfills(consumer: Consumer) -> list[Backfill]:
     return list(Backfill.objects.filter(consumer=consumer.pk)[:SHOWN])
 
 
-def _point(consumer: Consumer, request: HttpRequest) -> tuple[int, str]:
-    """The position asked for, and the point in words. Raises ValidationError, OutOfReach."""
+def _point(consumer: Consumer, request: HttpRequest) -> tuple[int, str, Any]:
+    """The position asked for, the point in words, and as it is audited. Raises ValidationError, OutOfReach."""
     given = request.POST
     kind = given.get("point", "")
     if kind == "beginning":
-        return rewinds.beginning(), "the beginning of the log"
+        return rewinds.beginning(), "the beginning of the log", "beginning"
     if kind == "time":
         moment = _moment(given.get("time", ""))
-        return rewinds.before_time(consumer.pk, consumer.source_id, moment), f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+        return rewinds.before_time(consumer.pk, consumer.source_id, moment), f"{moment:%Y-%m-%d %H:%M:%S} UTC", {"time": moment}
     if kind == "lsn":
         lsn = given.get("lsn", "").strip()
         if not LSN.fullmatch(lsn):
             raise ValidationError('Expected an LSN such as "0/1A2B".')
-        return rewinds.before_lsn(consumer.pk, consumer.source_id, lsn), f"LSN {lsn}"
+        return rewinds.before_lsn(consumer.pk, consumer.source_id, lsn), f"LSN {lsn}", {"lsn": lsn}
     if kind != "row":
         raise ValidationError("Choose a point.")
     table, key = given.get("table", ""), given.get("key", "").strip()
@@ -212,7 +212,8 @@ def _point(consumer: Consumer, request: HttpRequest) -> tuple[int, str]:
         raise ValidationError("Say which row: its table and key.")
     last = given.get("occurrence") == "last"
     position = rewinds.before_row(consumer.pk, consumer.source_id, table, key_values(key), last=last)
-    return position, f"the {'newest' if last else 'oldest'} message of the row {key} of {table}"
+    told = f"the {'newest' if last else 'oldest'} message of the row {key} of {table}"
+    return position, told, {"table": table, "pk": key, "occurrence": "last" if last else "first"}
 
 
 def _beyond(consumer: Consumer, position: int) -> tuple[int, list[tuple[str, str]]]:

@@ -5,7 +5,7 @@ from typing import Any
 from uuid import UUID
 
 from django.db.models import QuerySet
-from drf_spectacular.utils import OpenApiParameter, extend_schema
+from drf_spectacular.utils import OpenApiParameter, extend_schema, inline_serializer
 from rest_framework import serializers
 from rest_framework.exceptions import NotFound
 from rest_framework.request import Request
@@ -67,6 +67,12 @@ class BackfillShape(Shape):
         ]  # fmt: skip
 
 
+# What setting the status to this does, and the word for it.
+WAYS = {"paused": ("pause", "paused"), "running": ("resume", "resumed"), "cancelled": ("cancel", "cancelled")}
+STATUS = inline_serializer("BackfillStatus", {"status": serializers.ChoiceField(list(WAYS))})
+FIXED = "is not changed: cancel the backfill and begin another"
+
+
 def reachable(request: Any) -> QuerySet[Backfill]:
     """The backfills of the consumers that the caller's token reaches."""
     found = Backfill.objects.select_related("consumer")
@@ -113,16 +119,41 @@ class BackfillsView(APIView):
 
 
 @extend_schema(responses=BackfillShape, methods=["GET"])
+@extend_schema(request=STATUS, responses=BackfillShape, methods=["PATCH"])
 @extend_schema(responses={204: None}, methods=["DELETE"])
 class BackfillView(APIView):
-    """One backfill. Deleting one that runs cancels it; what it has brought stays."""
+    """One backfill. Its status alone can be changed, which is what pause, resume and cancel do.
+
+    Deleting one that runs cancels it; what it has brought stays.
+    """
 
     def get(self, request: Request, backfill: str) -> Response:
         return Response(BackfillShape(find(request, backfill)).data)
 
+    def patch(self, request: Request, backfill: str) -> Response:
+        found, given = find(request, backfill), read_object(request)
+        shown = BackfillShape(found).data
+        status = given.pop("status", found.status)
+        errors = {name: [FIXED] for name, value in given.items() if name not in shown or shown[name] != value}
+        if status != found.status and (not isinstance(status, str) or status not in WAYS):
+            errors["status"] = [f"expected {', '.join(WAYS)}, got {status!r}"]
+        if errors:
+            raise Invalid(errors)
+        if status != found.status:
+            act(found, *WAYS[status])
+        return Response(BackfillShape(found).data)
+
     def delete(self, request: Request, backfill: str) -> Response:
         backfills.forget(find(request, backfill).pk)
         return Response(status=204)
+
+
+def act(backfill: Backfill, what: str, verb: str) -> None:
+    """Pause, resume or cancel; `backfill` is then as it is. Raises InUse."""
+    done = replaying.act(backfill, what)
+    backfill.refresh_from_db()
+    if not done:
+        raise InUse(f"the backfill is {backfill.status} and cannot be {verb}")
 
 
 class ActView(APIView):
@@ -134,10 +165,7 @@ class ActView(APIView):
     @extend_schema(request=None, responses=BackfillShape)
     def post(self, request: Request, backfill: str) -> Response:
         found = find(request, backfill)
-        if not replaying.act(found, self.what):
-            found.refresh_from_db()
-            raise InUse(f"the backfill is {found.status} and cannot be {self.verb}")
-        found.refresh_from_db()
+        act(found, self.what, self.verb)
         return Response(BackfillShape(found).data)
 
 

@@ -69,6 +69,32 @@ def _flat(detail: Any) -> dict[str, list[str]]:
     return errors
 
 
+class SavedSourceShape(SourceShape):
+    """What is answered of a source that was changed."""
+
+    warning = serializers.CharField(required=False, help_text="Of a paused one: what pausing costs.")
+
+    class Meta(SourceShape.Meta):
+        fields = [*SourceShape.Meta.fields, "warning"]
+
+
+class SavedConsumerShape(ConsumerShape):
+    """What is answered of one consumer."""
+
+    backlog = inline_serializer(
+        "Backlog",
+        {state: serializers.IntegerField() for state in ("waiting", "out", "retry", "blocked", "error", "dead")},
+        help_text="How many messages an edit applies to.", read_only=True,
+    )  # fmt: skip
+    notices = inline_serializer(
+        "Notice", {"text": serializers.CharField(), "sql": serializers.CharField()}, many=True, read_only=True,
+        help_text="Of what was just saved: where a filter is not exact, and the SQL that mends it.",
+    )  # fmt: skip
+
+    class Meta(ConsumerShape.Meta):
+        fields = [*ConsumerShape.Meta.fields, "backlog", "notices"]
+
+
 class ConfigurationView(APIView):
     """What the views of one kind of object share."""
 
@@ -145,6 +171,9 @@ class ConsumerKind(ConfigurationView):
         mine = self.request.user.consumers  # type: ignore[union-attr]
         return found if mine is None else found.filter(pk__in=mine)
 
+    def answer(self, thing: Consumer) -> dict[str, Any]:
+        return whole(thing)
+
     def thing(self, name: str) -> Consumer:
         return find_consumer(name, self.request.user)  # type: ignore[arg-type]
 
@@ -157,7 +186,8 @@ class SourcesView(SourceKind, ListView):
     """All sources, in order of creation; make one."""
 
 
-@extend_schema(request=SourceShape, responses=SourceShape, methods=["GET", "PATCH"])
+@extend_schema(responses=SourceShape, methods=["GET"])
+@extend_schema(request=SourceShape, responses=SavedSourceShape, methods=["PATCH"])
 @extend_schema(
     parameters=[OpenApiParameter("drop_slot", bool, description="Drop slot and publication too, where we made them.")],
     responses={204: None}, methods=["DELETE"],
@@ -192,7 +222,7 @@ class EndpointView(EndpointKind, DetailView):
 @extend_schema(
     operation_id="consumers_list", responses=listing_of(ConsumerShape, "Consumer"), parameters=PAGING, methods=["GET"]
 )
-@extend_schema(request=ConsumerShape, responses={201: ConsumerShape}, methods=["POST"])
+@extend_schema(request=ConsumerShape, responses={201: SavedConsumerShape}, methods=["POST"])
 class ConsumersView(ConsumerKind, ListView):
     """All consumers, in order of creation; make one."""
 
@@ -201,11 +231,8 @@ class ConsumersView(ConsumerKind, ListView):
             raise PermissionDenied("the token reaches only some consumers; making one needs a token that reaches all")
         return super().post(request)
 
-    def answer(self, thing: Consumer) -> dict[str, Any]:
-        return {**super().answer(thing), "notices": noticed(thing)}
 
-
-@extend_schema(request=ConsumerShape, responses=ConsumerShape, methods=["GET", "PATCH"])
+@extend_schema(request=ConsumerShape, responses=SavedConsumerShape, methods=["GET", "PATCH"])
 @extend_schema(
     parameters=[OpenApiParameter("discard", bool, description="Delete it with what it has not delivered.")],
     responses={204: None}, methods=["DELETE"],
@@ -214,20 +241,13 @@ class ConsumerView(ConsumerKind, DetailView):
     """Answers carry `backlog`, how many messages an edit applies to, and `notices`, where a filter is not exact."""
 
     def get(self, request: Request, name: str) -> Response:
-        return with_backlog(self.thing(name))
-
-    def answer(self, thing: Consumer) -> dict[str, Any]:
-        return {**super().answer(thing), "backlog": lifecycle.backlog(thing.pk)._asdict(), "notices": noticed(thing)}
+        return Response(self.answer(self.thing(name)))
 
     def remove(self, thing: Consumer, given: Mapping[str, str]) -> None:
         changes.delete(thing, discard=flag(given, "discard"))
 
 
-def noticed(consumer: Consumer) -> list[dict[str, str]]:
-    """What somebody who saved a filter should know, each with the SQL that mends it."""
-    return [notice._asdict() for notice in consumer.notices]
-
-
-def with_backlog(consumer: Consumer) -> Response:
-    """A consumer and its messages by state."""
-    return Response({**ConsumerShape(consumer).data, "backlog": lifecycle.backlog(consumer.pk)._asdict()})
+def whole(consumer: Consumer) -> dict[str, Any]:
+    """A consumer, its messages by state, and what somebody who just saved its filter should know."""
+    backlog = lifecycle.backlog(consumer.pk)._asdict()
+    return {**ConsumerShape(consumer).data, "backlog": backlog, "notices": [notice._asdict() for notice in consumer.notices]}

@@ -94,23 +94,30 @@ class ListedMessage(NamedTuple):
 
 
 def list_messages(
-    consumer_id: UUID, state: str, *, after: int | None = None, key: str | None = None, since: datetime | None = None, limit: int
+    consumer_id: UUID, state: str | None, *, after: int | None = None, key: str | None = None, since: datetime | None = None, limit: int
 ) -> list[ListedMessage]:
-    """Up to `limit` messages in `state`: passed ones newest first, all others in the order of the log. Raises TooSlow."""
+    """Up to `limit` messages in `state`, None: in any. Passed ones alone come newest first, all else in the order of the log.
+
+    Raises TooSlow.
+    """
     newest_first = state == "passed"
-    query = PAGE_SQL.format(
-        state=_state_sql(state), beyond="<" if newest_first else ">", direction="DESC" if newest_first else "ASC"
-    )
+    beyond, direction = ("<", "DESC") if newest_first else (">", "ASC")
     parameters: dict[str, Any] = {"consumer": consumer_id, "after": after, "key": key, "since": since, "limit": limit}
+    rows: list[tuple[Any, ...]] = []
     try:
         with transaction.atomic(), connection.cursor() as cursor:
+            # One view of them all: a message that moves on meanwhile is in one state and not in two or none.
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             cursor.execute("SELECT set_config('statement_timeout', %s, true)", [str(STATEMENT_TIMEOUT_MS)])
-            cursor.execute(query, parameters)
-            rows = cursor.fetchall()
+            for one in STATES if state is None else (state,):
+                cursor.execute(PAGE_SQL.format(state=_state_sql(one), beyond=beyond, direction=direction), parameters)
+                rows += cursor.fetchall()
     except OperationalError as error:
         if getattr(error.__cause__, "sqlstate", None) == "57014":
             raise TooSlow from None
         raise
+    if state is None:
+        rows = sorted(rows, key=lambda row: int(row[0]))[:limit]
     return [ListedMessage(*(*row[:7], ACTIONS[row[7]], *row[8:])) for row in rows]
 
 

@@ -38,30 +38,50 @@ REDRIVE = inline_serializer(
         "pk": serializers.ListField(child=serializers.CharField(), required=False),
     },
 )
+LISTED = inline_serializer(
+    "Messages",
+    {
+        "data": inline_serializer(
+            "Message",
+            {
+                "id": serializers.IntegerField(),
+                "state": serializers.ChoiceField(STATES),
+                "reason": serializers.ChoiceField(["retry", "blocked", "error"], allow_null=True, help_text="Of parked ones."),
+                "deliver_count": serializers.IntegerField(),
+                "last_error": serializers.CharField(allow_null=True),
+                "last_status": serializers.IntegerField(allow_null=True),
+                "due_at": serializers.DateTimeField(allow_null=True, help_text="When it is tried again, or its lease ends."),
+                "message": serializers.JSONField(help_text="As it is delivered, before the transform."),
+            },
+            many=True,
+        ),
+        "next": serializers.CharField(allow_null=True),
+    },
+)
 COUNT = inline_serializer("Count", {"count": serializers.IntegerField()})
 
 
 class MessagesView(APIView):
-    """`?state=&pk=&since=`: passed messages newest first, all others in the order of the log."""
+    """`?state=&pk=&since=`, each of them optional. In the order of the log; passed ones alone newest first."""
 
     @extend_schema(
         parameters=[
-            OpenApiParameter("state", str, enum=STATES, description="Default: waiting."),
+            OpenApiParameter("state", str, enum=STATES, description="Default: all of them."),
             OpenApiParameter("pk", str, many=True, description="Once for each key column."),
             OpenApiParameter("since", OpenApiTypes.DATETIME),
             *PAGING,
         ],
-        responses=OpenApiTypes.OBJECT,
+        responses=LISTED,
     )
     def get(self, request: Request, consumer: str) -> HttpResponse:
         found = find_consumer(consumer, request.user)  # type: ignore[arg-type]
         given = request.query_params
         size = pages.limit(given)
-        state = given.get("state", "waiting")
-        if state not in STATES:
+        state = given.get("state") or None
+        if state is not None and state not in STATES:
             raise BadParameter(f"state: expected one of {', '.join(STATES)}, got {state!r}")
         keys = given.getlist("pk")
-        since = given.get("since")
+        since = given.get("since") or None
         try:
             listed = message_log.list_messages(
                 found.pk, state, after=_after(given), key=row_key("pk", keys) if keys else None,

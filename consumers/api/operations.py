@@ -9,9 +9,9 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from consumers import changes, source_setup
-from consumers.api.configuration import save, with_backlog
+from consumers.api.configuration import SavedConsumerShape, save, whole
 from consumers.api.lookup import demand_all, find, find_consumer
-from consumers.api.shapes import ConsumerShape, SourceShape
+from consumers.api.shapes import SourceShape
 from consumers.changes import InUse
 from consumers.preflight import findings
 from consumers.models import Consumer, Source, SourceEvent
@@ -109,19 +109,19 @@ class SourceTablesView(APIView):
 class PauseView(APIView):
     """Stop delivering and go on collecting."""
 
-    @extend_schema(request=None, responses=ConsumerShape)
+    @extend_schema(request=None, responses=SavedConsumerShape)
     def post(self, request: Request, name: str) -> Response:
         consumer = find_consumer(name, request.user)  # type: ignore[arg-type]
-        return with_backlog(set_status(consumer, "paused"))
+        return Response(whole(set_status(consumer, "paused")))
 
 
 class ResumeView(APIView):
     """Deliver again, what was collected first."""
 
-    @extend_schema(request=None, responses=ConsumerShape)
+    @extend_schema(request=None, responses=SavedConsumerShape)
     def post(self, request: Request, name: str) -> Response:
         consumer = find_consumer(name, request.user)  # type: ignore[arg-type]
-        return with_backlog(set_status(consumer, "active"))
+        return Response(whole(set_status(consumer, "active")))
 
 
 def set_status(consumer: Consumer, status: str) -> Consumer:

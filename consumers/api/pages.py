@@ -20,7 +20,7 @@ MAX_LIMIT = 500
 def limit(given: Mapping[str, str]) -> int:
     """`limit`, 1 to 500, default 50."""
     text = given.get("limit")
-    if text is None:
+    if not text:
         return DEFAULT_LIMIT
     if not text.isascii() or not text.isdigit() or len(text) > 9 or not 1 <= int(text) <= MAX_LIMIT:
         raise BadParameter(f"limit: expected a whole number from 1 to {MAX_LIMIT}, got {text!r}")
@@ -35,7 +35,7 @@ def encode(*place: Any) -> str:
 def decode(given: Mapping[str, str]) -> list[Any] | None:
     """The place of `cursor`, None when none is given."""
     text = given.get("cursor")
-    if text is None:
+    if not text:
         return None
     try:
         place = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))

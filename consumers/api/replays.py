@@ -6,7 +6,6 @@ from typing import Any
 
 from django.core.exceptions import ValidationError
 from django.http import HttpResponse
-from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import extend_schema, inline_serializer
 from rest_framework import serializers
 from rest_framework.request import Request
@@ -25,6 +24,17 @@ from consumers.routing import clean_where
 from consumers.store import rewinds
 from consumers.store.rewinds import Oldest, OutOfReach
 
+POINT: dict[str, serializers.Field[Any, Any, Any, Any]] = {"time": serializers.DateTimeField(), "lsn": serializers.CharField()}
+COVERING: dict[str, serializers.Field[Any, Any, Any, Any]] = {"consumer": serializers.CharField(), "table": serializers.CharField()}
+BEYOND_THE_LOG = inline_serializer(
+    "BeyondTheLog",
+    {
+        "summary": serializers.CharField(),
+        "oldest": inline_serializer("OldestPoint", POINT, allow_null=True, help_text="Where the log begins; null when it is empty."),
+        "backfills": inline_serializer("CoveringBackfill", COVERING, many=True, help_text="What would cover it, for POST /api/backfills."),
+        "backfill": inline_serializer("CoveringBackfill", COVERING, required=False, help_text="The one, when it is one."),
+    },
+)
 POINTS = '{"table": …, "pk": […]}, {"time": …}, {"lsn": …} or "beginning"'
 REWIND = inline_serializer("Rewind", {"to": serializers.JSONField(help_text=POINTS)})
 REWOUND = inline_serializer(
@@ -45,7 +55,7 @@ class RewindView(APIView):
     backfill that would cover it.
     """
 
-    @extend_schema(request=REWIND, responses={200: REWOUND, 409: OpenApiTypes.OBJECT})
+    @extend_schema(request=REWIND, responses={200: REWOUND, 409: BEYOND_THE_LOG})
     def post(self, request: Request, consumer: str) -> Response:
         found = find_consumer(consumer, request.user)  # type: ignore[arg-type]
         given = read_object(request)
@@ -73,6 +83,13 @@ REPUBLISH = inline_serializer(
         "dry_run": serializers.BooleanField(required=False, help_text="Count and show some; deliver nothing."),
     },
 )
+BEGUN = inline_serializer(
+    "Begun", {"replay_id": serializers.UUIDField(), "backfills": serializers.ListField(child=serializers.UUIDField())}
+)
+LOOKED = inline_serializer(
+    "Looked",
+    {"count": serializers.IntegerField(), "is_exact": serializers.BooleanField(), "sample": serializers.ListField(child=serializers.JSONField())},
+)
 FIELDS = ("where", "table", "from", "since", "until", "dry_run")
 
 
@@ -83,7 +100,7 @@ class RepublishView(APIView):
     `count`, whether that `is_exact`, and a `sample`.
     """
 
-    @extend_schema(request=REPUBLISH, responses={201: OpenApiTypes.OBJECT, 200: OpenApiTypes.OBJECT})
+    @extend_schema(request=REPUBLISH, responses={201: BEGUN, 200: LOOKED})
     def post(self, request: Request, consumer: str) -> HttpResponse:
         found = find_consumer(consumer, request.user)  # type: ignore[arg-type]
         given = read_object(request)
@@ -164,6 +181,8 @@ def _table_of(consumer: Consumer, to: Any) -> str | None:
     if table is not None:
         if not isinstance(table, str) or "." not in table or "\0" in table:
             raise BadParameter(f'to.table: expected "schema.table", got {table!r}')
+        if not consumer.takes(table):
+            raise BadParameter(f"to.table: {consumer.name} takes {', '.join(consumer.tables)}, and not {table}")
         return table
     named = consumer.tables and not any(name.endswith(".*") for name in consumer.tables)
     known = consumer.tables if named else rewinds.tables_of(consumer.pk)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from django.http import HttpResponse
-from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import extend_schema, inline_serializer
 from rest_framework import serializers
 from rest_framework.request import Request
@@ -32,10 +31,31 @@ TRIAL = inline_serializer(
 )
 
 
+TRIED = inline_serializer(
+    "Tried",
+    {
+        "data": inline_serializer(
+            "TriedMessage",
+            {
+                "matched": serializers.BooleanField(allow_null=True, help_text="null: the filter failed; error says why."),
+                "undecided": serializers.BooleanField(),
+                "error": inline_serializer(
+                    "Problem", {"message": serializers.CharField(), "line": serializers.IntegerField(allow_null=True)}, allow_null=True
+                ),
+                "message": serializers.JSONField(),
+                "payload": serializers.JSONField(allow_null=True, help_text="What would be delivered; null: nothing."),
+            },
+            many=True,
+        ),
+        "notices": inline_serializer("Notice", {"text": serializers.CharField(), "sql": serializers.CharField()}, many=True),
+    },
+)
+
+
 class TestView(APIView):
     """Nothing is delivered or saved. An invalid `where` or `transform` is a 422, as when it is saved."""
 
-    @extend_schema(request=TRIAL, responses=OpenApiTypes.OBJECT)
+    @extend_schema(request=TRIAL, responses=TRIED)
     def post(self, request: Request, consumer: str) -> HttpResponse:
         found = find_consumer(consumer, request.user)  # type: ignore[arg-type]
         numbers = Numbers()

@@ -32,6 +32,7 @@ class Migration(migrations.Migration):
                 ('response', models.TextField(null=True)),
                 ('url', models.TextField(null=True)),
                 ('deliver_count', models.IntegerField()),
+                ('headers', models.TextField(null=True)),
             ],
             options={
                 'db_table': 'attempts',

@@ -45,7 +45,7 @@ def erase(source_id: UUID, table: str, key: str) -> Erased:
                 given = {**_chosen(source_id, table, key), "new": pseudonym}
                 ids = [row[0] for row in conn.execute(_overwrite(name), given).fetchall()]
                 attempts += conn.execute(
-                    "UPDATE attempts SET response = NULL, error = CASE WHEN error IS NOT NULL THEN %s END"
+                    "UPDATE attempts SET response = NULL, headers = NULL, error = CASE WHEN error IS NOT NULL THEN %s END"
                     " WHERE source = %s AND message_id = ANY (%s::bigint[])", [ERASED, source_id, ids],
                 ).rowcount  # fmt: skip
                 parked += conn.execute(

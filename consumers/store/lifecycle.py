@@ -35,6 +35,8 @@ class Attempt(NamedTuple):
     response: str | None
     url: str
     deliver_count: int
+    headers: str
+    """What it was sent with, as JSON; secret values masked."""
 
 
 def create_position(consumer_id: UUID, source_id: UUID, start_lsn: int) -> None:
@@ -276,7 +278,7 @@ def record_attempts(attempts: Iterable[Attempt]) -> None:
     rows = [
         (
             a.consumer_id, a.source_id, a.message_id, a.ok, a.status, _cut(a.error, ERROR_CHARACTERS), a.duration_ms,
-            _cut(a.response, RESPONSE_CHARACTERS), a.url, a.deliver_count,
+            _cut(a.response, RESPONSE_CHARACTERS), a.url, a.deliver_count, a.headers,
         )
         for a in attempts
     ]  # fmt: skip
@@ -286,8 +288,8 @@ def record_attempts(attempts: Iterable[Attempt]) -> None:
         _execute("SELECT set_config('synchronous_commit', 'off', true)")
         _execute(
             "INSERT INTO attempts (consumer, source, message_id, ok, status, error, duration_ms, response, url,"
-            " deliver_count) SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::bigint[], %s::boolean[], %s::integer[],"
-            " %s::text[], %s::integer[], %s::text[], %s::text[], %s::integer[])",
+            " deliver_count, headers) SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::bigint[], %s::boolean[], %s::integer[],"
+            " %s::text[], %s::integer[], %s::text[], %s::text[], %s::integer[], %s::text[])",
             [list(column) for column in zip(*rows, strict=True)],
         )
 

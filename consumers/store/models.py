@@ -106,6 +106,7 @@ class Attempt(models.Model):
     response = models.TextField(null=True)
     url = models.TextField(null=True)
     deliver_count = models.IntegerField()
+    headers = models.TextField(null=True)
 
     class Meta:
         app_label = "consumers"

@@ -208,7 +208,8 @@ create table attempts (
     duration_ms   integer not null,
     response      text,
     url           text,
-    deliver_count integer not null
+    deliver_count integer not null,
+    headers       text              -- of the request, as JSON; secret values masked
 );
 create index attempts_consumer on attempts (consumer, id);
 create index attempts_message on attempts (consumer, message_id);  -- read by the console: one message's history

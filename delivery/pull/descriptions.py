@@ -8,9 +8,18 @@ from drf_spectacular.utils import OpenApiParameter, extend_schema, inline_serial
 from rest_framework import serializers
 
 RECEIVE_PARAMETERS = [
-    OpenApiParameter("batch_size", int, description="1 to 1000, default 1; max_batch_size too."),
+    OpenApiParameter("batch_size", int, description="1 to 1000, default 1."),
+    OpenApiParameter("max_batch_size", int, description="The same."),
     OpenApiParameter("wait_for", str, description='Milliseconds, or "60s", "5m"; 0 to 300000, default 0.'),
 ]
+RECEIVE_BODY = inline_serializer(
+    "Receive",
+    {
+        "batch_size": serializers.IntegerField(required=False, help_text="1 to 1000, default 1."),
+        "max_batch_size": serializers.IntegerField(required=False, help_text="The same."),
+        "wait_for": serializers.CharField(required=False, help_text='Milliseconds, or "60s", "5m"; 0 to 300000, default 0.'),
+    },
+)
 RECEIVED = inline_serializer(
     "Received",
     {
@@ -24,7 +33,7 @@ RECEIVED = inline_serializer(
 RECEIPTS = inline_serializer(
     "Receipts",
     {
-        "ack_ids": serializers.ListField(child=serializers.CharField()),
+        "ack_ids": serializers.ListField(child=serializers.CharField(), help_text="1 to 10000; ack_tokens is understood too."),
         "delay_ms": serializers.IntegerField(required=False, help_text="nack only"),
         "ack_wait_ms": serializers.IntegerField(required=False, help_text="extend only"),
     },

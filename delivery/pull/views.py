@@ -9,14 +9,13 @@ from uuid import UUID
 from django.conf import settings
 from django.db import connection
 from django.http import HttpResponse
-from rest_framework.renderers import JSONRenderer
 from rest_framework.views import APIView
 
 from consumers.api.body import read_object
 from consumers.store import claims, lifecycle
 from consumers.store.types import Settled
 from consumers.tokens import Caller
-from delivery.pull.descriptions import RECEIPTS, RECEIVE_PARAMETERS, RECEIVED, described, settled
+from delivery.pull.descriptions import RECEIPTS, RECEIVE_BODY, RECEIVE_PARAMETERS, RECEIVED, described, settled
 from delivery.pull import directory, parameters
 from delivery.pull.directory import Receiver
 from delivery.pull.gates import one_of_few
@@ -35,10 +34,6 @@ class PullView(APIView):
     """A call on one pull consumer."""
 
     required_scope = "pull"
-
-    def perform_content_negotiation(self, request: Any, force: bool = False) -> tuple[Any, str]:
-        """JSON, whatever the client accepts."""
-        return JSONRenderer(), "application/json"
 
     def receiver(self, name_or_id: str) -> Receiver:
         room.listen()
@@ -61,7 +56,7 @@ class ReceiveView(PullView):
     def get(self, request: Any, consumer: str) -> HttpResponse:
         return self._receive(consumer, request.query_params)
 
-    @described("Receive messages", RECEIVED, RECEIVE_PARAMETERS)
+    @described("Receive messages", RECEIVED, RECEIVE_PARAMETERS, RECEIVE_BODY)
     def post(self, request: Any, consumer: str) -> HttpResponse:
         return self._receive(consumer, {**request.query_params.dict(), **read_object(request)})
 

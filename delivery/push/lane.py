@@ -33,6 +33,8 @@ class Target:
     endpoint_id: UUID
     url: str
     headers: dict[str, str]
+    secret_headers: frozenset[str]
+    """The names of those that nobody may read."""
     secrets: str
     timeout_s: float
     transform: str

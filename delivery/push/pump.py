@@ -50,6 +50,8 @@ TRANSFORM_S = 5.0  # of one batch; what is not begun by then goes back
 TRANSFORMS = 256  # that run at once, one a consumer: a slow one holds up no other
 SMALLEST_CLAIM = 50  # messages under one lease, when batches are smaller
 ATTEMPTS_EVERY_S = 0.25
+HEADER_CHARACTERS = 200  # kept of a header's value, for people
+MASK = "********"
 ATTEMPTS_A_ROUND = 200  # successes kept of one round, for people
 CHANNELS = ("sequin_log", "sequin_consumer", "sequin_config", "sequin_stop")
 
@@ -60,10 +62,13 @@ class Notice(NamedTuple):
 
 
 class Flight(NamedTuple):
-    """The tag of a request: whose, and which."""
+    """The tag of a request: whose, which, and what it was sent with."""
 
     consumer_id: UUID
     number: int
+    target: Target
+    webhook_id: str
+    sent_at: int
 
 
 class Transformed(NamedTuple):
@@ -266,8 +271,7 @@ class Pump:
         while batch := lane.next_batch(now):
             self._number += 1
             lane.depart(self._number, batch, now)
-            tag = Flight(lane.target.consumer_id, self._number)
-            self._transport.submit(_request(lane.target, batch, tag, time.time() + self._clock_ahead_s))
+            self._transport.submit(_request(lane.target, batch, self._number, time.time() + self._clock_ahead_s))
 
     # What happened ----------------------------------------------------------------------------------------------------
 
@@ -317,7 +321,7 @@ class Pump:
             else:
                 self._failed(lane, batch, outcome, now)
             if not outcome.ok or len(self._attempts) < ATTEMPTS_A_ROUND:
-                self._attempts.extend(_attempts(lane.target, batch, outcome))
+                self._attempts.extend(_attempts(batch, outcome))
 
     def _acknowledge(self) -> None:
         """Write the acks gathered so far."""
@@ -484,7 +488,7 @@ def _load_targets(consumer_ids: set[UUID]) -> list[Target]:
             Target(
                 consumer.pk, consumer.updated_at, consumer.name, consumer.source_id, tuple(consumer.tables), consumer.batch_size,
                 consumer.concurrency, endpoint.pk, endpoint.url + consumer.path, {**endpoint.headers, **endpoint.secret_headers},
-                endpoint.signing_secret, endpoint.timeout_ms / 1000, consumer.transform,
+                frozenset(endpoint.secret_headers), endpoint.signing_secret, endpoint.timeout_ms / 1000, consumer.transform,
                 addressing(
                     consumer_id=consumer.pk, consumer_name=consumer.name, source_id=source.pk, source_name=source.name,
                     database=source.database, stream=consumer.stream,
@@ -494,7 +498,7 @@ def _load_targets(consumer_ids: set[UUID]) -> list[Target]:
     return targets
 
 
-def _request(target: Target, batch: list[InHand], tag: Flight, now_s: float) -> Request:
+def _request(target: Target, batch: list[InHand], number: int, now_s: float) -> Request:
     """One POST, signed now: a retry is signed anew, with the same id. `now_s`: by the store's clock."""
     bodies = [item.payload for item in batch]
     if target.batch_size == 1:
@@ -511,14 +515,21 @@ def _request(target: Target, batch: list[InHand], tag: Flight, now_s: float) -> 
         "webhook-signature": signing.signature(target.secrets, webhook_id, now, body),
         **target.headers,
     }
-    return Request(target.url, headers, body, target.timeout_s, tag)
+    return Request(target.url, headers, body, target.timeout_s, Flight(target.consumer_id, number, target, webhook_id, now))
 
 
-def _attempts(target: Target, batch: list[InHand], outcome: Outcome) -> list[Attempt]:
+def _attempts(batch: list[InHand], outcome: Outcome) -> list[Attempt]:
+    """What is kept of a request: where it went and with which headers, whatever the endpoint has become meanwhile."""
+    flight: Flight = outcome.tag
+    target = flight.target
+    own = {name: MASK if name in target.secret_headers else value[:HEADER_CHARACTERS] for name, value in target.headers.items()}
+    headers = json.dumps(
+        {"webhook-id": flight.webhook_id, "webhook-timestamp": str(flight.sent_at), "webhook-signature": MASK, **own}, ensure_ascii=False
+    )
     return [
         Attempt(
             target.consumer_id, target.source_id, item.message.id, outcome.ok, outcome.status, outcome.error,
-            outcome.duration_ms, outcome.response or None, target.url, item.message.deliver_count,
+            outcome.duration_ms, outcome.response or None, target.url, item.message.deliver_count, headers,
         )
         for item in batch
     ]  # fmt: skip

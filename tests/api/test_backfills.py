@@ -95,7 +95,14 @@ def test_paused_resumed_cancelled_deleted(api: Api, source: Any, make_consumer: 
         assert fetch("SELECT count(*), count(DISTINCT key) FROM messages") == [(100, 100)], "it went on where it stopped"
         assert api("POST", f"backfills/{backfill}/cancel")[0] == 409
         other = api("POST", "backfills", {"consumer": "orders-worker", "table": "public.t"})[1]["id"]
+        for body, field in (({"status": "completed"}, "status"), ({"where": "id > 1"}, "where"), ({"nothing": 1}, "nothing"), ({"status": None}, "status")):
+            status, answer = api("PATCH", f"backfills/{other}", body)
+            assert status == 422 and list(answer["validation_errors"]) == [field], answer
+        assert api("PATCH", f"backfills/{other}", {"status": "paused", "table": "public.t"})[1]["status"] == "paused"
+        assert api("PATCH", f"backfills/{other}", {"status": "running"})[1]["status"] == "running"
+        assert api("PATCH", f"backfills/{other}", {"status": "running"})[0] == 200, "as it is"
         assert api("POST", f"backfills/{other}/cancel")[1]["status"] == "cancelled"
+        assert api("PATCH", f"backfills/{other}", {"status": "running"})[0] == 409
         step_once()
         assert fetch("SELECT count(*) FROM messages") == [(100,)]
     assert api("DELETE", f"backfills/{other}")[0] == 204 and api("GET", f"backfills/{other}")[0] == 404

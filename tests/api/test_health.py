@@ -146,8 +146,9 @@ def test_metrics_count_what_happened(client: Client, source: Source, log: Log) -
     assert samples["sequin_slot_retained_bytes", "shop"] == 4096
     assert samples["sequin_consumer_delivered_total", "orders"] == 1
     assert samples["sequin_capture_messages_total", "shop"] == 3
-    assert samples["sequin_delivery_seconds_count", "orders"] == 1
-    assert samples["sequin_delivery_seconds_bucket", "orders", "+Inf"] == 1
+    assert samples["sequin_delivery_seconds_count",] == samples["sequin_consumer_delivery_seconds_count", "orders"] == 1
+    assert samples["sequin_delivery_seconds_bucket", "+Inf"] == samples["sequin_consumer_delivery_seconds_bucket", "orders", "+Inf"] == 1
+    assert [samples["sequin_consumer_parked", "orders", reason] for reason in ("retry", "blocked", "error", "dead")] == [0, 0, 0, 0]
     assert samples["sequin_consumer_out", "orders"] == 1
     assert samples["sequin_consumer_lag_messages", "orders"] == 2
 

@@ -160,6 +160,17 @@ def test_what_is_fixed_stays_and_the_rest_is_edited(api: Api, log: Log) -> None:
     assert api("PATCH", f"consumers/{consumer}", {"group_columns": ["status"]})[0] == 409
 
 
+def test_group_columns_are_columns_of_the_tables(api: Api, source_database: SourceDatabase) -> None:
+    source_database.execute("CREATE TABLE orders (id int PRIMARY KEY, team int); CREATE TABLE notes (id int PRIMARY KEY)")
+    assert api("POST", "sources", source_body(source_database))[0] == 201
+    body = {"name": "c", "source": "shop", "kind": "pull", "tables": ["public.orders"]}
+    status, answer = api("POST", "consumers", {**body, "group_columns": ["taem"]})
+    assert status == 422 and "public.orders has no column 'taem'" in answer["validation_errors"]["group_columns"][0]
+    assert api("POST", "consumers", {**body, "tables": ["public.*"], "group_columns": ["team"]})[0] == 201
+    status, answer = api("PATCH", "consumers/c", {"group_columns": ["team", "none"]})
+    assert status == 422 and "none of the tables has a column 'none'" in answer["validation_errors"]["group_columns"][0]
+
+
 def test_in_use_and_undelivered_are_409(api: Api, log: Log) -> None:
     consumer = log.consumer()
     status, answer = api("DELETE", f"sources/{log.source.pk}")
@@ -183,6 +194,12 @@ def test_pause_resume_and_messages(api: Api, log: Log) -> None:
         status, answer = api("GET", f"consumers/{consumer}/messages?state={state}")
         assert status == 200 and len(answer["data"]) == count, (state, answer)
     assert len(api("GET", f"consumers/{consumer}/messages?state=waiting&pk=3")[1]["data"]) == 1
+    pages, cursor = [], ""
+    while cursor is not None:
+        pages.append(api("GET", f"consumers/{consumer}/messages?state=&since=&limit=2&cursor={cursor}")[1])
+        cursor = pages[-1]["next"]
+    assert [one["state"] for page in pages for one in page["data"]] == ["dead", "out", "waiting", "waiting", "waiting"], "all, in the order of the log"
+    assert [one["state"] for one in api("GET", f"consumers/{consumer}/messages?pk=0")[1]["data"]] == ["dead"]
     assert api("POST", f"consumers/{consumer}/messages/retry", {"state": "dead"}) == (200, {"count": 1})
     assert api("POST", f"consumers/{consumer}/messages/discard", {"ids": [claim.messages[0].id]})[1] == {"count": 1}
     assert lifecycle.backlog(consumer).dead == 0
@@ -200,6 +217,13 @@ def test_lists_have_pages(api: Api) -> None:
             break
         cursor = f"&cursor={page['next']}"
     assert sorted(seen) == [f"e{number}" for number in range(5)]
+
+
+@pytest.mark.parametrize("accepts", ["text/html", "application/xml", "image/*", ""])
+def test_the_answer_is_json_whatever_the_client_accepts(api: Api, accepts: str) -> None:
+    for path, status in (("sources", 200), ("sources/none", 404)):
+        answer = api.client.get(f"/api/{path}", headers={"authorization": f"Bearer {api.plain}", "accept": accepts})
+        assert (answer.status_code, answer["Content-Type"]) == (status, "application/json")
 
 
 def test_the_document_and_its_page(api: Api) -> None:

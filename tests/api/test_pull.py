@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -154,6 +155,15 @@ def test_a_bad_query_is_400(world: World) -> None:
     consumer = world.consumer()
     answer = world.client.call("GET", f"/api/http_pull_consumers/{consumer.name}/receive?batch_size=x")
     assert answer.status == 400 and "batch_size" in answer.body["summary"]
+
+
+def test_who_is_refused_early_gets_an_answer_and_no_broken_connection(world: World) -> None:
+    """More than fits into the buffers between two ends: the client is still sending when the answer is made."""
+    consumer = world.consumer()
+    large = b'{"a":"' + b"a" * 8_000_000 + b'"}'
+    for client, status, elsewhere in ((world.client, 413, 403), (replace(world.client, token="unknown"), 401, 401)):
+        assert client.call("POST", f"/api/http_pull_consumers/{consumer.name}/ack", large).status == status
+        assert client.call("POST", "/api/sources", large).status == elsewhere
 
 
 def test_a_body_over_one_mebibyte_is_413(world: World) -> None:

@@ -95,6 +95,12 @@ def test_the_table_must_be_named_when_there_are_several(api: Api, log: Log, cons
     assert status == 400 and "to.table" in answer["summary"]
 
 
+def test_another_table_is_not_one_to_go_back_to(api: Api, log: Log, consumer: Consumer) -> None:  # noqa: F811
+    Consumer.objects.filter(pk=consumer.pk).update(tables=["public.orders", "sales.*"])
+    for table, status in (("public.others", 400), ("public.orders", 409), ("sales.any", 409)):
+        assert api("POST", f"consumers/{consumer.name}/rewind", {"to": {"pk": ["1"], "table": table}})[0] == status, table
+
+
 def test_a_disabled_consumer_is_not_rewound(api: Api, log: Log, consumer: Consumer) -> None:  # noqa: F811
     Consumer.objects.filter(pk=consumer.pk).update(status="disabled")
     assert api("POST", f"consumers/{consumer.name}/rewind", {"to": "beginning"})[0] == 409

@@ -10,6 +10,7 @@ from django.test import Client
 from consumers.audit import AuditEntry
 from consumers.store import claims, erasure, lifecycle
 from consumers.store.types import Failure
+from delivery.models import Arrival
 from tests.store.test_claims import Log, fetch, receipts, take
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -27,7 +28,7 @@ def test_a_key_is_overwritten_everywhere_and_delivery_goes_on(log: Log) -> None:
     log.append(log.row(1), log.row(2), log.row(1), log.row(3, old_key=1), log.row(1))
     claim = take(consumer, 1)
     lifecycle.record_attempts(
-        [lifecycle.Attempt(consumer, log.source.pk, claim.messages[0].id, False, 500, "no: personal", 1, "said: personal", "http://x", 1)]
+        [lifecycle.Attempt(consumer, log.source.pk, claim.messages[0].id, False, 500, "no: personal", 1, "said: personal", "http://x", 1, '{"x-for": "personal"}')]
     )
     claims.fail(consumer, [Failure(claim.token, claim.messages[0].id, 1, "answered: personal", 500)])
     assert erasure.count(log.source.pk, "public.orders", '["1"]') == (4, 1, 1)
@@ -54,7 +55,10 @@ def test_the_console_counts_first_and_keeps_the_key_out_of_the_audit_log(log: Lo
     page, given = f"/admin/consumers/source/{log.source.pk}/erase/", {"table": "public.orders", "key": "7"}
     asked = client.post(page, given).content.decode()
     assert "Erase 1 message<" in asked and fetch("SELECT count(*) FROM messages WHERE record = '{}'") == [(0,)]
+    shown = f'{{"metadata":{{"table_name":"%s","database":{{"id":"{log.source.pk}"}}}}}}'
+    kept = [Arrival.objects.create(webhook_id="1", body=shown % table) for table in ("orders", "others")][1]
     client.post(page, {**given, "confirmed": "1"})
+    assert list(Arrival.objects.all()) == [kept], "the playground's receiver forgets what it has shown of the table"
     assert fetch("SELECT count(*) FROM messages WHERE record = '{}'") == [(1,)]
     entry = AuditEntry.objects.get(action="erase")
     assert entry.count == 1 and "public.orders" in entry.detail and "7" not in entry.detail.replace(str(log.source.pk), "")

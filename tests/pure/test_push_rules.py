@@ -90,7 +90,7 @@ def test_an_allowed_network_is_allowed_in_its_mapped_form_too() -> None:
 
 def lane(batch_size: int = 1, concurrency: int = 10, endpoint: EndpointState | None = None) -> Lane:
     target = Target(
-        uuid4(), datetime(2026, 1, 1), "c", uuid4(), (), batch_size, concurrency, uuid4(), "http://localhost/", {}, new_signing_secret(), 1.0,
+        uuid4(), datetime(2026, 1, 1), "c", uuid4(), (), batch_size, concurrency, uuid4(), "http://localhost/", {}, frozenset(), new_signing_secret(), 1.0,
         "", Addressing("", False),
     )  # fmt: skip
     made = Lane(target, endpoint or EndpointState())

@@ -1,6 +1,7 @@
 """A pump on real sockets and the real store."""
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -153,6 +154,22 @@ def attempts(consumer: UUID) -> list[tuple[Any, ...]]:
     with connection.cursor() as cursor:
         cursor.execute("SELECT ok FROM attempts WHERE consumer = %s ORDER BY id", [consumer])
         return cursor.fetchall()
+
+
+def test_an_attempt_keeps_its_headers_and_no_secret(log: Log, endpoint: Any, pump: Any) -> None:
+    where = endpoint(status(500))
+    consumer = push_to(log, where, headers={"x-team": "shop"}, secret_headers={"authorization": "Bearer s3cret"})
+    log.append(log.row(1))
+    pump()
+    wait_until(lambda: attempts(consumer), 10, "the attempt to be kept")
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT headers FROM attempts WHERE consumer = %s ORDER BY id LIMIT 1", [consumer])
+        kept = json.loads(cursor.fetchone()[0])
+    sent = where.got[0].headers
+    assert kept == {
+        "webhook-id": sent["webhook-id"], "webhook-timestamp": sent["webhook-timestamp"], "webhook-signature": "********",
+        "x-team": "shop", "authorization": "********",
+    }  # fmt: skip
 
 
 def test_410_pauses_the_consumer(log: Log, endpoint: Any, pump: Any) -> None:

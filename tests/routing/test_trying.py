@@ -57,7 +57,10 @@ def test_pasted_messages_keep_their_digits(shop: Shop, api: Api) -> None:  # noq
     assert [row["matched"] for row in answers] == [True, False]
     unknown = {**update, "changes": {}, "metadata": {**update["metadata"], "old_values_known": False}}  # type: ignore[dict-item]
     answers = api("POST", "consumers/orders/test", {"where": "old.big = 4", "messages": [unknown]})[1]["data"]
-    assert answers[0]["undecided"] is True and answers[0]["payload"] == unknown
+    assert answers[0]["undecided"] is True and answers[0]["message"] == unknown
+    assert answers[0]["payload"] == {**unknown, "metadata": {**unknown["metadata"], "where_undecided": True}}, "as it is delivered"  # type: ignore[dict-item]
+    seen = api("POST", "consumers/orders/test", {"where": "old.big = 4", "transform": "function transform(a, r, c, m) return m.where_undecided end", "messages": [unknown]})
+    assert seen[1]["data"][0]["payload"] is True
 
 
 def test_a_filter_that_fails_says_so_of_its_message(shop: Shop, api: Api) -> None:  # noqa: F811
