@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from capture import backfilling
-from tests.capture.backfill_world import begin, counts, reads, stage_all, status, work_off
+from tests.capture.backfill_world import begin, counts, fetch, reads, stage_all, status, work_off
 from tests.capture.conftest import EMBEDDED
-from tests.capture.world import reading
+from tests.capture.world import read_until, reading
 from tests.conftest import SourceDatabase
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("quick_reader")]
@@ -44,7 +44,6 @@ REORDERED = {
     "less of a key": ("a int, id int, f text, PRIMARY KEY (a, id)", "ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (id)"),
     "no key any more": ("a int, id int PRIMARY KEY, f text", "ALTER TABLE t DROP CONSTRAINT t_pkey"),
     "another type": ("a int, id int PRIMARY KEY, f text", "ALTER TABLE t ALTER id TYPE text"),
-    "another collation": ('a int, id text COLLATE "C" PRIMARY KEY, f text', 'ALTER TABLE t ALTER id TYPE text COLLATE "en-x-icu"'),
     "names exchanged": ("a int, id int PRIMARY KEY, f text", "ALTER TABLE t RENAME id TO x; ALTER TABLE t RENAME a TO id; ALTER TABLE t RENAME x TO a"),
 }  # fmt: skip
 
@@ -56,11 +55,10 @@ def test_rows_that_come_in_another_order_between_two_pages_are_all_read(
     monkeypatch.setattr(backfilling, "MOST_ROWS", 10)
     columns, *statements = REORDERED[how]
     source_database.execute(f"CREATE TABLE t ({columns})")
-    filler = "CASE WHEN g % 2 = 0 THEN 'Up' ELSE 'low' END"
-    key = f"{filler} || g" if "collation" in how else "g"
-    source_database.execute(f"INSERT INTO t SELECT 1000 - g, {key}, {filler} || g FROM generate_series(1, 300) g")
+    source_database.execute("INSERT INTO t SELECT g - 1000, g, 'row ' || g FROM generate_series(1, 300) g")
     source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE t; ALTER TABLE t REPLICA IDENTITY FULL")
     source = make_source()
+    read_until(source, lambda: fetch("SELECT 1 FROM capture_progress"))
     backfill = begin(make_consumer(source), page_rows=10)
     assert 0 < stage_all(backfill) < 100
     for statement in statements:

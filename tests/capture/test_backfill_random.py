@@ -235,7 +235,7 @@ def one_round(database: SourceDatabase, source: Any, chance: random.Random, name
         writing.end()
         for backfill in others:
             backfills.resume(backfill)
-        wait_until(lambda: working.failed or not fetch("SELECT 1 FROM backfills WHERE status = 'running'"), 60, "the backfills to end")
+        wait_until(lambda: working.failed or not running(), 60, "the backfills to end")
         [(here,)] = database.execute("SELECT pg_current_wal_insert_lsn() - '0/0'")
         database.execute("INSERT INTO t VALUES (1000, nextval('versions'), 'last') ON CONFLICT (id) DO UPDATE SET n = excluded.n")
         wait_until(lambda: fetch("SELECT 1 FROM capture_progress WHERE reached_lsn > %s", here), 30)
@@ -249,6 +249,10 @@ def one_round(database: SourceDatabase, source: Any, chance: random.Random, name
     assert client.read and (client.rewound or seconds < LONG_S)
     consumer.status = "disabled"
     changes.save(consumer)
+
+
+def running() -> list[Any]:
+    return fetch("SELECT to_jsonb(b) || jsonb_build_object('reached', p.reached_lsn) FROM backfills b JOIN capture_progress p ON p.source = b.source WHERE status = 'running'")
 
 
 def meddle(consumer: Consumer, chance: random.Random, begun: list[UUID]) -> None:
