@@ -1,38 +1,32 @@
 """F21: a table is backfilled beside hot writers while processes are killed; a client's copy equals the table, and nothing goes back.
 
 Writers change rows all over the table, hot ones again and again: they put, delete and move them. Each version of a row has a
-higher number than those before it. The client, in a process of its own, lets the last message of a row win. It knows a repeat by
-row and number: what it has taken of late may come again when the answer to its ack was lost, or the store crashed.
+higher number than those before it. `copying_client` lets the last message of a row win, in a process of its own.
 
 `make faults` runs 10,000,000 rows with a kill every 15 s; SEQUIN_F21_ROWS says another number.
 """
 from __future__ import annotations
 
-import http.client
-import json
 import multiprocessing
 import os
 import random
 import threading
 import time
-from array import array
-from collections import deque
 from http.client import HTTPException
 from typing import Any
 
 import psycopg
 
 from tests.conftest import wait_until
+from tests.faults.copying_client import CONSUMER, Copy, take
 from tests.faults.rig import peak_mb
 from tests.faults.test_kill_loop import VICTIMS, installation, strike  # noqa: F401
 from tests.installation import Installation
 
-CONSUMER = "copy"
 WRITERS, HOT = 4, 1_000
 SHORT_ROWS, LONG_ROWS = 30_000, 10_000_000
-SHORT_EVERY_S, LONG_EVERY_S, LEAST_KILLS = 1.0, 15.0, 3
-LATELY = 300  # receives
-BATCH = 1_000
+EVERY_S = 15.0
+IN_THE_SUITE = ["run_capture --reader", "postgres", "run_workers --cluster"]  # each as soon as it has got on again
 
 
 class Writer(threading.Thread):
@@ -78,86 +72,6 @@ class Writer(threading.Thread):
         return 1 + self.chance.randrange(HOT) * max(1, self.rows // HOT) % self.rows
 
 
-class Copy:
-    """The rows as the messages say: of each its highest number, and whether it is there."""
-
-    def __init__(self, rows: int) -> None:
-        self.numbers = array("q", bytes(8 * (rows + 2)))
-        self.present = bytearray(rows + 2)
-        self.lately: deque[set[tuple[int, int]]] = deque(maxlen=LATELY)
-        self.taken = self.repeats = 0
-        self.gone_back: list[str] = []
-
-    def take(self, messages: list[dict[str, Any]]) -> None:
-        self.lately.append(set())
-        for message in messages:
-            data = message["data"]
-            record, changes = data["record"], data["changes"] or {}
-            self.taken += 1
-            key, number = record["id"], record["n"]
-            if not self.note(key, number, data["action"]):
-                continue
-            self.present[key] = data["action"] != "delete"
-            if "id" in changes and self.note(changes["id"], changes["n"], "update away"):
-                self.present[changes["id"]] = False
-
-    def note(self, key: int, number: int, action: str) -> bool:
-        """False when it is a repeat."""
-        version = (key, number)
-        if number < self.numbers[key]:
-            if any(version in taken for taken in self.lately):
-                self.repeats += 1
-            else:
-                self.gone_back.append(f"{action} of {key}: {number} after {self.numbers[key]}")
-            return False
-        self.numbers[key] = number
-        self.lately[-1].add(version)
-        return True
-
-    def differing(self, conn: psycopg.Connection[Any]) -> tuple[int, int]:
-        """How many rows the table has, and how many are others here."""
-        there = wrong = 0
-        expected = bytearray(len(self.present))
-        with conn.cursor().copy("COPY big (id, n) TO STDOUT") as copy:
-            for line in copy.rows():
-                key, number = int(line[0]), int(line[1])  # type: ignore[arg-type]
-                there += 1
-                expected[key] = 1
-                wrong += self.numbers[key] != number or not self.present[key]
-        wrong += sum(1 for is_there, here in zip(expected, self.present, strict=True) if here and not is_there)
-        return there, wrong
-
-
-def take(port: int, token: str, source: str, rows: int, seen_last: Any, stop: Any, answer: Any) -> None:
-    """The client's process."""
-    copy = Copy(rows)
-    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-    while not stop.is_set():
-        conn = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-        try:
-            while not stop.is_set():
-                conn.request("GET", f"/api/http_pull_consumers/{CONSUMER}/receive?batch_size={BATCH}&wait_for=1s", headers=headers)
-                response = conn.getresponse()
-                body = response.read()
-                if response.status != 200:
-                    stop.wait(0.1)
-                    continue
-                messages = json.loads(body)["data"]
-                if not messages:
-                    continue
-                copy.take(messages)
-                if copy.present[rows + 1]:
-                    seen_last.set()
-                conn.request("POST", f"/api/http_pull_consumers/{CONSUMER}/ack", json.dumps({"ack_ids": [m["ack_id"] for m in messages]}), headers)
-                conn.getresponse().read()
-        except (OSError, HTTPException, ValueError):
-            stop.wait(0.1)
-        finally:
-            conn.close()
-    with psycopg.connect(source) as conn:
-        answer.send((*copy.differing(conn), copy.taken, copy.repeats, copy.gone_back[:5]))
-
-
 def fill(installation: Installation, rows: int) -> None:  # noqa: F811
     with installation.source() as conn:
         conn.execute("CREATE TABLE big (id bigint PRIMARY KEY, n bigint NOT NULL, v text); ALTER TABLE big REPLICA IDENTITY FULL; CREATE SEQUENCE versions")
@@ -189,7 +103,6 @@ def is_taken(installation: Installation) -> bool:  # noqa: F811
 
 def test_f21_a_backfill_beside_hot_writers_while_processes_are_killed(installation: Installation, long_run: bool) -> None:  # noqa: F811
     rows = int(os.environ.get("SEQUIN_F21_ROWS", LONG_ROWS if long_run else SHORT_ROWS))
-    every_s = LONG_EVERY_S if rows > SHORT_ROWS else SHORT_EVERY_S
     fill(installation, rows)
     writers = [Writer(installation, rows, seed) for seed in range(WRITERS)]
     for writer in writers:
@@ -207,7 +120,7 @@ def test_f21_a_backfill_beside_hot_writers_while_processes_are_killed(installati
     client = context.Process(target=take, args=arguments, daemon=True)
     client.start()
     try:
-        kills, peak = kill_while_it_runs(installation, every_s, deadline=began + 60 + rows / 1_000)
+        kills, recovery_s, peak = kill_while_it_runs(installation, rows, deadline=began + 60 + rows / 1_000)
         took = time.monotonic() - began
         for writer in writers:
             writer.stopping.set()
@@ -227,10 +140,10 @@ def test_f21_a_backfill_beside_hot_writers_while_processes_are_killed(installati
     line = (
         f"F21 {rows} rows backfilled beside {WRITERS} writers, {kills} kills of any process: {there} rows in the table, differing {wrong},"
         f" gone back {len(gone_back)}, {taken} taken, {repeats} repeats, {sum(writer.commits for writer in writers)} commits meanwhile,"
-        f" {brought['rows_left_out']} overtaken, {rows / took:,.0f} rows/s, peak {peak} MB"
+        f" {brought['rows_left_out']} overtaken, {rows / took:,.0f} rows/s, recovery {recovery_s:.1f} s, peak {peak} MB"
     )
     print(line)  # noqa: T201
-    assert not wrong and not gone_back and there > rows / 2 and kills >= LEAST_KILLS, (line, gone_back)
+    assert not wrong and not gone_back and there > rows / 2 and kills >= len(IN_THE_SUITE), (line, gone_back)
 
 
 def put_last(installation: Installation, key: int) -> bool:  # noqa: F811
@@ -242,29 +155,39 @@ def put_last(installation: Installation, key: int) -> bool:  # noqa: F811
     return True
 
 
-def kill_while_it_runs(installation: Installation, every_s: float, *, deadline: float) -> tuple[int, int]:  # noqa: F811
-    """Strike again and again until the backfill has ended; how often, and the most memory a process that works on it has had."""
-    chance = random.Random()
-    kills = peak = 0
-    struck_at = 0.0
+def kill_while_it_runs(installation: Installation, rows: int, *, deadline: float) -> tuple[int, float, int]:  # noqa: F811
+    """Strike again and again until the backfill has ended.
+
+    How often; after how long it got on again, at most; and the most memory a worker has had.
+    """
+    kills, recovery_s, peak = 0, 0.0, 0
+    is_short = rows <= SHORT_ROWS
+    victims = IN_THE_SUITE[:] if is_short else random.sample(VICTIMS, len(VICTIMS))
+    struck_at = time.monotonic()
+    mark: int | None = 0
     while True:
         found = backfill_of(installation)
         if found is not None and found["status"] != "running":
             assert found["status"] == "completed", found
-            return kills, peak
-        assert time.monotonic() < deadline, f"not completed: {found}"
-        if time.monotonic() - struck_at > every_s:
-            struck_at = time.monotonic()
+            return kills, recovery_s, peak
+        now = time.monotonic()
+        assert now < deadline, f"not completed: {found}"
+        if found is not None and mark is not None and found["rows_done"] > mark:
+            recovery_s, mark = max(recovery_s, now - struck_at), None
+        if found is not None and mark is None and (is_short or now - struck_at > EVERY_S) and victims:
             peak = max([peak, *(peak_mb(pid) for pid in installation.pids("run_workers --cluster"))])
-            strike(installation, chance.choice(VICTIMS))
+            struck_at, mark = now, found["rows_done"]
+            strike(installation, victims.pop(0))
             kills += 1
-        time.sleep(0.1)
+            if not is_short:
+                victims = victims or random.sample(VICTIMS, len(VICTIMS))
+        time.sleep(0.05)
 
 
 def test_what_goes_back_or_differs_is_found() -> None:
     """The client that decides would see it."""
     copy = Copy(3)
-    message = lambda action, key, n, **changes: {"data": {"action": action, "record": {"id": key, "n": n}, "changes": changes}}  # noqa: E731
+    message = lambda action, key, number, **changes: {"data": {"action": action, "record": {"id": key, "n": number}, "changes": changes}}  # noqa: E731
     copy.take([message("insert", 1, 1), message("update", 1, 3, n=1)])
     copy.take([message("update", 1, 3, n=1), message("insert", 1, 1)])
     assert copy.repeats == 1 and not copy.gone_back
