@@ -24,7 +24,7 @@ from bench.push import sink  # noqa: E402
 from tests.installation import Installation  # noqa: E402
 
 PIECE = 50_000  # rows a transaction
-FILL = "INSERT INTO orders SELECT g, g %% 1000, 'paid', g * 1.25, now(), jsonb_build_object('n', g) FROM generate_series(%s::bigint, %s) g"
+FILL = "INSERT INTO many SELECT g, g %% 1000, 'paid', g * 1.25, now(), jsonb_build_object('n', g) FROM generate_series(%s::bigint, %s) g"
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
 
 def prepare(installation: Installation, messages: int) -> None:
     with installation.source() as conn:
-        conn.execute("CREATE TABLE orders (id bigint PRIMARY KEY, customer_id int, status text, total numeric, created_at timestamptz, meta jsonb)")
+        conn.execute("CREATE TABLE many (id bigint PRIMARY KEY, customer_id int, status text, total numeric, created_at timestamptz, meta jsonb)")
         make(installation, "first", {"kind": "pull", "status": "disabled"})
         for first in range(1, messages + 1, PIECE):
             conn.execute(FILL, [first, min(messages, first + PIECE - 1)])
@@ -108,7 +108,7 @@ def pushed(installation: Installation, point: Any, first: Path) -> float:
 
 
 def make(installation: Installation, name: str, fields: dict[str, Any]) -> None:
-    call(installation, "POST", "/api/consumers", {"name": name, "source": "playground", "tables": ["public.orders"], **fields})
+    call(installation, "POST", "/api/consumers", {"name": name, "source": "playground", "tables": ["public.many"], **fields})
 
 
 def stored(installation: Installation) -> int:
