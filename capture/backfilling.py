@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
@@ -18,7 +17,7 @@ from django.db import connection
 
 from capture.disk import shortage
 from capture.pages import Busy, Page, SourcePages, TooSlow, Untranslatable
-from capture.published import NotReadable, Published
+from capture.published import NotReadable, Part, Published
 from consumers import gaps, republishing
 from consumers.filters.column_types import table_of
 from consumers.filters.grammar import Refused, parse
@@ -71,7 +70,7 @@ class Turn:
         self._rows = 0
         self._kept_at = time.monotonic()
         self._pages: SourcePages | None = None
-        self._parts = job.parts
+        self._parts = None if job.parts is None else [Part(**part) for part in job.parts]
         self._search: republishing.Search | None = None
 
     def run(self, slice_s: float) -> None:
@@ -166,7 +165,7 @@ class Turn:
         try:
             part = self._begin(pages)[place.part]
             table, page = pages.read(
-                part["oid"], job.sort_column, place.place, self._page_rows, condition=self._condition, start_value=job.start_value
+                part, job.sort_column, place.place, self._page_rows, condition=self._condition, start_value=job.start_value
             )
         except Untranslatable as error:
             log.info("backfill of table=%s takes texts unconverted: %s", job.table, error)
@@ -224,13 +223,13 @@ class Turn:
 
     # How it goes ----------------------------------------------------------------------------------------------------------------
 
-    def _begin(self, pages: SourcePages) -> list[dict[str, Any]]:
+    def _begin(self, pages: SourcePages) -> list[Part]:
         """Find out what there is to read, the first time."""
         if self._parts is None:
             parts = pages.parts(self._job.table)
-            tables = [pages.look(part["oid"], self._job.sort_column) for part in parts]
+            tables = [pages.look(part, self._job.sort_column) for part in parts]
             estimated = sum(pages.rows_estimated(table, self._job.start_value, self._condition) for table in tables)
-            self._work.set_parts(self._job, parts, estimated)
+            self._work.set_parts(self._job, [part._asdict() for part in parts], estimated)
             self._parts = parts
             log.info("backfill began table=%s rows_estimated=%s", self._job.table, estimated)
         return self._parts

@@ -17,6 +17,8 @@ class SortColumn(NamedTuple):
     name: bytes
     type: bytes
     not_null: bool
+    collation: int = 0
+    """Its oid."""
 
 
 class TableSql(NamedTuple):
@@ -70,6 +72,12 @@ def page_sql(table: TableSql, bounds: Bounds, limit: int, condition: bytes | Non
     if wanted:
         columns = [b"CASE WHEN wanted THEN %b END" % name for name in columns]
     return b"COPY (SELECT %b FROM (%b) AS page) TO STDOUT" % (b", ".join([*keys, b"wanted", *columns]), scan)
+
+
+def order_of(table: TableSql, files: bytes) -> bytes:
+    """What decides the order that rows are read in: a place in one order is none in another. `files`: what the table is stored in."""
+    columns = b", ".join(b"%b %b %d" % (column.name, column.type, column.collation) for column in table.sort)
+    return columns + b" of " + files if table.sort[-1].name == b"ctid" else columns
 
 
 def last_row_sql(table: TableSql) -> bytes:

@@ -7,6 +7,7 @@ at afterwards, and then the page is read again. Nothing is written to the source
 from __future__ import annotations
 
 import json
+import logging
 import re
 import select
 import time
@@ -23,10 +24,12 @@ from capture.catalog import Catalog
 from capture.encoder import EncodedRow
 from consumers.encodings import SQL_ASCII, codec_of
 from capture.page_sql import NULL, Bounds
-from capture.published import Published, look, parts_of
+from capture.published import Part, Published, look, parts_of
 from consumers.models import Source
 from consumers.source_connection import SourceUnreachable, conninfo, connect, cut_after, reason_of
 from consumers.store.backfill_work import Snapshot
+
+log = logging.getLogger(__name__)
 
 PAGE_BYTES = 4 * 1024 * 1024  # of rows; the last one may go beyond
 PAGE_S = 2.0  # reading ends then, whatever was asked for
@@ -101,7 +104,7 @@ class SourcePages:
         """Raises SourceUnreachable."""
         self.source = source
         self._alive = alive
-        self._known: dict[int, Published] = {}
+        self._known: dict[Part, Published] = {}
         self._control = connect(source)
         try:
             self._control.execute("SELECT set_config('lock_timeout', %s, false)", [f"{LOCK_MS}ms"])
@@ -120,7 +123,7 @@ class SourcePages:
         self._raw.finish()
         self._control.close()
 
-    def parts(self, table: str) -> list[dict[str, Any]]:
+    def parts(self, table: str) -> list[Part]:
         """The relations under which a table is published. Raises NotReadable, Busy."""
         with _locked_is_busy():
             return parts_of(self._control, self._encoding, self.source.publication_name, table)
@@ -133,12 +136,12 @@ class SourcePages:
         assert row is not None
         return Identity(row[0], None if row[1] is None else int(row[1], 16))
 
-    def look(self, oid: int, sort_column: str) -> Published:
+    def look(self, part: Part, sort_column: str) -> Published:
         """Raises NotReadable, Busy, Untranslatable."""
         try:
             with _locked_is_busy():
                 return look(
-                    self._control, self._catalog, self._encoding, self.source.publication_name, oid, sort_column, converted=self._converted
+                    self._control, self._catalog, self._encoding, self.source.publication_name, part, sort_column, converted=self._converted
                 )
         except (psycopg.errors.UntranslatableCharacter, psycopg.errors.CharacterNotInRepertoire) as error:
             raise Untranslatable(str(error)) from None
@@ -150,7 +153,7 @@ class SourcePages:
         return int(json.loads(plan.decode(errors="replace"))[0]["Plan"]["Plan Rows"])
 
     def read(
-        self, oid: int, sort_column: str, place: Any, limit: int, *, condition: Condition, start_value: str | None = None
+        self, part: Part, sort_column: str, place: Any, limit: int, *, condition: Condition, start_value: str | None = None
     ) -> tuple[Published, Page]:
         """Up to `limit` rows from `place` on (None: the beginning); fewer when they are large.
 
@@ -158,26 +161,33 @@ class SourcePages:
         Raises NotReadable, Busy, TooSlow, Untranslatable, SourceUnreachable.
         """
         began = time.monotonic()
-        table = self._known.get(oid) or self.look(oid, sort_column)
+        table = self._known.get(part) or self.look(part, sort_column)
+        oid = part.leaf or part.oid
         low = self._replayed()
         self._run(BEGIN % table.search_path)
         try:
             snapshot, read_at, standby = self._snapshot(low)
             (files,), = self._rows(FILES % (FILES_SEEN, oid, oid))
+            order = _text(page_sql.order_of(table.sql, files or b""))
+            if place is not None and place["order"] != order:
+                log.info("table=%s.%s has its rows in another order now: it is read from its beginning", table.shape.schema, table.shape.table)
+                place = None
             bounds = self._bounds(table, place, start_value)
             page = self._copy(table, bounds, limit, self._raw_text(condition(table)))
             self._end()  # first: an ALTER TABLE that waits for it would let the look wait, and nobody would see the circle
-            self._known[oid] = self.look(oid, sort_column)
-            if self._known[oid] != table or self._files(oid) != files:
+            self._known[part] = self.look(part, sort_column)
+            if self._known[part] != table or self._files(oid) != files:
                 raise Busy("the table was changed while it was read")
         except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):
             self._end()
-            self._known[oid] = self.look(oid, sort_column)
+            self._known[part] = self.look(part, sort_column)
             raise Busy("the table was changed while it was read") from None
         finally:
             self._end()
         high = self._high(standby)
         rows, places, behind, looked_at, size, complete = page
+        for each in (*places, behind):
+            each["order"] = order
         is_last = complete and looked_at < limit
         return table, Page(
             snapshot, high, read_at, rows, places, behind, looked_at, is_last, size, time.monotonic() - began
@@ -363,9 +373,13 @@ def _unescape(text: bytes) -> bytes:
     return _ESCAPE.sub(lambda found: _ESCAPES.get(found[1], found[1]), text) if b"\\" in text else text
 
 
+def _text(value: bytes | None) -> str | None:
+    """A value for JSON: whatever bytes it is, none is lost."""
+    return None if value is None else value.decode("latin-1")
+
+
 def _texts(values: Any) -> list[str | None] | None:
-    """Values for JSON: whatever bytes they are, none is lost."""
-    return None if values is None else [None if value is None else value.decode("latin-1") for value in values]
+    return None if values is None else [_text(value) for value in values]
 
 
 def _values(texts: Any) -> list[bytes | None] | None:

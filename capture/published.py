@@ -24,7 +24,7 @@ _TABLE_SQL = """
 _COLUMNS_SQL = """
     SELECT a.attnum::int, convert_to(a.attname::text, 'SQL_ASCII'), convert_to(quote_ident(a.attname), %(sent_in)s), a.atttypid::bigint,
            a.atttypmod, convert_to(format_type(a.atttypid, a.atttypmod), %(sent_in)s), a.attnotnull, a.attgenerated::text <> '',
-           convert_to(quote_ident(n.nspname), %(sent_in)s)
+           convert_to(quote_ident(n.nspname), %(sent_in)s), a.attcollation::bigint
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace n ON n.oid = t.typnamespace
     WHERE a.attrelid = %(oid)s AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
 """
@@ -49,6 +49,15 @@ class Published:
         return not self.shape.primary_key
 
 
+class Part(NamedTuple):
+    """A relation under which rows are published, or a partition whose rows are published as the relation's."""
+
+    oid: int
+    table: str
+    leaf: int | None = None
+    """The partition, where rows have no key: a place is one within a partition."""
+
+
 class _Column(NamedTuple):
     number: int
     raw_name: bytes
@@ -59,12 +68,15 @@ class _Column(NamedTuple):
     not_null: bool
     is_generated: bool
     type_schema: bytes
+    collation: int
 
 
-def parts_of(control: psycopg.Connection[Any], encoding: str, publication: str, table: str) -> list[dict[str, Any]]:
-    """The relations under which a table's rows are published: itself, or its partitions where these are. Raises NotReadable."""
+def parts_of(control: psycopg.Connection[Any], encoding: str, publication: str, table: str) -> list[Part]:
+    """What a table's rows are published as, in the order it is read. Raises NotReadable."""
     rows = control.execute(
-        "SELECT p.relid::bigint, convert_to(n.nspname || '.' || c.relname, 'SQL_ASCII') FROM pg_get_publication_tables(%(publication)s) p"
+        "SELECT p.relid::bigint, convert_to(n.nspname || '.' || c.relname, 'SQL_ASCII'), CASE WHEN c.relkind = 'p' AND NOT EXISTS (SELECT"
+        " FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary) THEN array(SELECT x.relid::bigint FROM pg_partition_tree(c.oid) x"
+        " WHERE x.isleaf ORDER BY 1) END FROM pg_get_publication_tables(%(publication)s) p"
         " JOIN pg_class c ON c.oid = p.relid JOIN pg_namespace n ON n.oid = c.relnamespace"
         " WHERE n.nspname || '.' || c.relname = %(table)s OR p.relid IN (SELECT x.relid FROM pg_class r JOIN pg_namespace m ON m.oid ="
         " r.relnamespace, pg_partition_tree(r.oid) x WHERE r.relkind = 'p' AND m.nspname || '.' || r.relname = %(table)s) ORDER BY 2",
@@ -72,22 +84,29 @@ def parts_of(control: psycopg.Connection[Any], encoding: str, publication: str, 
     ).fetchall()
     if not rows:
         raise NotReadable(f"{table} is not published by {publication}: add it to the consumer's tables, or to the publication")
-    return [{"oid": oid, "table": readable(name, codec_of(encoding))} for oid, name in rows]
+    codec = codec_of(encoding)
+    return [Part(oid, readable(name, codec), leaf) for oid, name, leaves in rows for leaf in (leaves or [None])]
 
 
 def look(
-    control: psycopg.Connection[Any], catalog: Catalog, encoding: str, publication: str, oid: int, sort_column: str, *, converted: bool
+    control: psycopg.Connection[Any], catalog: Catalog, encoding: str, publication: str, part: Part, sort_column: str, *, converted: bool
 ) -> Published:
-    """The table with this oid. Raises NotReadable.
+    """The table that a part is of. Raises NotReadable.
 
     `converted`: SQL is sent in UTF-8; if not, in the database's encoding.
     """
     codec = codec_of(encoding)
+    oid = part.oid
     named = {"oid": oid, "sent_in": UTF8 if converted else SQL_ASCII}
     found = control.execute(_TABLE_SQL, named).fetchone()
     if found is None:
         raise NotReadable("the table was dropped or made anew while it was read: start another backfill")
     relkind, identity, raw_schema, raw_table, table_sql = found
+    if part.leaf is not None:
+        leaf = control.execute(_TABLE_SQL, {**named, "oid": part.leaf}).fetchone()
+        if leaf is None:
+            raise NotReadable("a partition was dropped while it was read: start another backfill")
+        relkind, table_sql = leaf[0], leaf[4]
     columns = [_Column(*row) for row in control.execute(_COLUMNS_SQL, named).fetchall()]
     numbers, row_filter = _published(
         control, publication, oid, f"{readable(raw_schema, codec)}.{readable(raw_table, codec)}", named["sent_in"]
@@ -107,6 +126,8 @@ def look(
     )
     by_name = {readable(column.raw_name, codec): column for column in columns}
     sort = _sort(by_name, shape.primary_key, sort_column)
+    if relkind == "p" and sort[-1] is CTID:
+        raise NotReadable("the partitioned table has lost its primary key while it was read: start another backfill")
     schemas = {by_name[name].type_schema for name in [sort_column, *shape.primary_key] if name in by_name} - {b"pg_catalog"}
     return Published(
         shape,
@@ -140,7 +161,7 @@ def _sort(columns: dict[str, _Column], primary_key: tuple[str, ...], sort_column
 
     def sql(name: str) -> SortColumn:
         column = columns[name]
-        return SortColumn(column.name, column.type, column.not_null)
+        return SortColumn(column.name, column.type, column.not_null, column.collation)
 
     if sort_column and sort_column not in columns:
         raise NotReadable(f"there is no column {sort_column} any more")

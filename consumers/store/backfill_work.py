@@ -23,7 +23,7 @@ from consumers.store.partitions import SEQUENCE_LOCK
 from consumers.store.room import Room
 from consumers.store.types import RelationShape, relation_digest
 
-TURN_S = 10.0  # a worker that dies is replaced after this long
+TURN_S = 6.0  # a worker that dies is replaced after this long
 CHUNK_ROWS = 500
 CHUNK_BYTES = 2 * 1024 * 1024
 LOOK_FIRST = 2_000  # ids: so much of the log may be searched under the append lock

@@ -206,7 +206,7 @@ create table backfills (
     rate           double precision,                  -- rows a second, lately
     rate_at        timestamptz,
     -- Where it is. Saved with the rows that are appended, in one transaction.
-    parts          jsonb,                             -- the relations to read: [{"table", "oid"}, …]
+    parts          jsonb,                             -- what to read: [{"oid", "table", "leaf"}, …]
     part           integer     not null default 0,
     place          jsonb,                             -- within the part; null: at its beginning
     to_id          bigint,                            -- of the log: up to here, when it is republished

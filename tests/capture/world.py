@@ -94,9 +94,9 @@ def reading(source: Source) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(20)
+        if failed:  # also when the block has waited in vain because of it
+            raise failed[0]
     assert not thread.is_alive()
-    if failed:
-        raise failed[0]
 
 
 def await_messages(count: int, source: Source | None = None, timeout: float = 20) -> list[Logged]:

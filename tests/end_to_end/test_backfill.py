@@ -1,14 +1,19 @@
 """A backfill with real processes: capture, workers; killed and stopped while it runs."""
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from consumers.models import Backfill, Consumer
 from consumers import changes
+from consumers.models import Backfill, Consumer, HttpEndpoint
 from tests.capture.backfill_world import fetch
 from tests.conftest import SourceDatabase, wait_until
+from tests.installation import _tree as process_tree
+from tests.push.endpoint import Endpoint
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -32,3 +37,41 @@ def test_a_consumer_that_begins_with_everything(
 
     wait_until(completed, 60, "the backfill")
     assert fetch("SELECT count(*), count(DISTINCT key) FROM messages WHERE action = 'R'") == [(rows, rows)]
+
+
+def replayers(watcher: int) -> list[int]:
+    """The processes of the cluster that works on backfills."""
+    return [pid for pid in process_tree(watcher) if b"Q_CLUSTER_NAME=replay" in Path(f"/proc/{pid}/environ").read_bytes()]
+
+
+def test_pushes_do_not_wait_for_backfills(source_database: SourceDatabase, make_source: Any, make_consumer: Any, run: Any) -> None:
+    """Four run, and their workers hang in the middle of them; the one worker that pushes goes on."""
+    source_database.execute("CREATE TABLE live (id int PRIMARY KEY); CREATE TABLE t (id int PRIMARY KEY, v text)")
+    source_database.execute("INSERT INTO t SELECT g, repeat('x', 100) FROM generate_series(1, 20000) g")
+    source, where = make_source(), Endpoint()
+    endpoint = HttpEndpoint(name="here", url=where.url)
+    changes.save(endpoint)
+    make_consumer(source, "live", kind="push", endpoint=endpoint, tables=["public.live"])
+    run("run_capture")
+    watcher = run("run_workers", SEQUIN_WORKERS="1", SEQUIN_ALLOWED_NETWORKS="127.0.0.0/8")
+    source_database.execute("INSERT INTO live VALUES (1)")
+    wait_until(lambda: where.ids == [1], 60, "the first push")
+    for number in range(4):
+        changes.save(Consumer(name=f"all{number}", source=source, kind="pull", tables=["public.t"], start_from="beginning"))
+    wait_until(lambda: fetch("SELECT 1 FROM backfills WHERE rows_done > 0"), 60, "a backfill to get on")
+    stopped = replayers(watcher.pid)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        assert fetch("SELECT 1 FROM backfills WHERE status = 'running'") and stopped
+        source_database.execute("INSERT INTO live SELECT generate_series(2, 50)")
+        wait_until(lambda: sorted(where.ids) == list(range(1, 51)), 30, "pushes to go on")
+        assert fetch("SELECT 1 FROM backfills WHERE status = 'running'")
+    finally:
+        for pid in stopped:
+            try:
+                os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                pass
+    wait_until(lambda: fetch("SELECT count(*) FROM backfills WHERE status = 'completed'") == [(4,)], 90, "the backfills")
+    where.close()
