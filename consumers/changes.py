@@ -183,10 +183,11 @@ def _slot_of(source: Source) -> tuple[str, int, str, str]:
 
 def _save_consumer(consumer: Consumer) -> None:
     before = None if consumer._state.adding else Consumer.objects.filter(pk=consumer.pk).first()
+    consumer.notices = []
     if before is None or (before.tables, before.where) != (consumer.tables, consumer.where):
-        consumer.notices = check_where(consumer)
+        consumer.notices += check_where(consumer)
     if before is None or (before.tables, before.group_columns) != (consumer.tables, consumer.group_columns):
-        consumer.notices = [*consumer.notices, *check_groups(consumer)]
+        consumer.notices += check_groups(consumer)
     if before is None or before.tables != consumer.tables:
         _publish(consumer)
     if before is None:
