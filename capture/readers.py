@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
 MAINTAIN_EVERY_S = 60.0
 STALE_AFTER_S = 60
-STOP_WITHIN_S = 6.0
+STOP_WITHIN_S = 5.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
 
 

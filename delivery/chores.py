@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 ROUND_S = 5.0
 FORGET_EVERY_S = 3600.0
-STOP_WITHIN_S = 2.0
+STOP_WITHIN_S = 1.0
 
 
 class Chores:
@@ -42,8 +42,9 @@ class Chores:
 
     def stop(self) -> None:
         self._stop.set()
+        deadline = time.monotonic() + STOP_WITHIN_S
         for thread in self._threads:
-            thread.join(STOP_WITHIN_S)
+            thread.join(max(0, deadline - time.monotonic()))
 
     def count(self) -> None:
         counters.count()

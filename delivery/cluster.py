@@ -34,7 +34,7 @@ TICK_S = 0.05
 LOOK_EVERY_S = 0.5
 START_GRACE_S = 8.0
 PATIENCE_S, REPLAY_PATIENCE_S = 4.0, 10.0
-STOP_WITHIN_S = 7.0
+STOP_WITHIN_S = 5.0
 
 
 class Cluster:
@@ -77,8 +77,12 @@ class Cluster:
             pass
         process.wait()
 
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def ask_to_end(self) -> None:
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self.is_running:
             self._process.send_signal(signal.SIGTERM)
 
     def end(self, deadline: float) -> None:
@@ -206,12 +210,18 @@ class Watcher:
         """Let the pumps give back what they hold, and steps of backfills end, then the clusters; after a while by force."""
         deadline = time.monotonic() + STOP_WITHIN_S
         clusters = (self._push.cluster, self._replay.cluster)
+        for cluster in clusters:
+            cluster.ask_to_end()
+        # Said again and again: a pump that has just begun does not listen yet.
+        while any(cluster.is_running for cluster in clusters) and time.monotonic() < deadline:
+            self._tell_pumps()
+            time.sleep(TICK_S)
+        for cluster in clusters:
+            cluster.end(deadline)
+
+    def _tell_pumps(self) -> None:
         try:
             with connection.cursor() as cursor:
                 cursor.execute("SELECT pg_notify('sequin_stop', %s)", [self._push.cluster.name])
         except DatabaseError:
             connection.close()
-        for cluster in clusters:
-            cluster.ask_to_end()
-        for cluster in clusters:
-            cluster.end(deadline)

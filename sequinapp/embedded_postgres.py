@@ -110,15 +110,15 @@ class EmbeddedPostgres:
             time.sleep(0.2)
         raise ImproperlyConfigured(f"the embedded Postgres did not start; its log {self.log_file} ends: {self._log_tail()}")
 
-    def stop(self) -> None:
-        """Fast shutdown, then the hard way."""
+    def stop(self, within_s: float = STOP_TIMEOUT_S) -> None:
+        """Fast shutdown; when most of the time is over the hard way, after which it recovers at its next start."""
         if self._process is None or self._process.poll() is not None:
             return
         self.signal_all(signal.SIGCONT)
-        for how in (signal.SIGINT, signal.SIGQUIT):
+        for how, share in ((signal.SIGINT, 0.7), (signal.SIGQUIT, 0.3)):
             self._process.send_signal(how)
             try:
-                self._process.wait(STOP_TIMEOUT_S)
+                self._process.wait(within_s * share)
                 return
             except subprocess.TimeoutExpired:
                 continue

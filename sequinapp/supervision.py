@@ -30,7 +30,7 @@ STEADY_S = 3.0  # one that lived so long had started well: the next pause is sho
 STALE_AFTER_S = 30.0
 LOOK_EVERY_S = 3.0
 LOOK_WITHIN_S = 5
-STOP_WITHIN_S = 8.0
+STOP_WITHIN_S = 6.5
 
 
 @dataclass

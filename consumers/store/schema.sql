@@ -893,7 +893,10 @@ begin
         select array_agg(u.id order by u.id), array_agg(u.grp order by u.id), array_agg(u.grp2 order by u.id),
                array_agg(u.n order by u.id), array_agg(u.b order by u.id), array_agg(u.fresh order by u.id)
           into v_ids, v_grps, v_grp2s, v_counts, v_batches, v_fresh
-          from unnest(v_ids, v_grps, v_grp2s, v_counts, v_batches, v_fresh) u(id, grp, grp2, n, b, fresh);
+          from (select x.*, max(x.id) over (partition by x.grp) as newest
+                from unnest(v_ids, v_grps, v_grp2s, v_counts, v_batches, v_fresh) x(id, grp, grp2, n, b, fresh)) u
+         -- of a row its latest state only, also where that came from the log and an older one from the parked
+         where u.id = u.newest or u.grp2 is not null or not v_latest or v_columns is not null;
     end if;
     if v_dropped <> '{}' then
         perform sequin_promote(p_consumer, array_remove(v_dropped, null));

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,12 @@ def web_answers(installation: Installation) -> bool:
 
 
 def test_ctrl_c_stops_everything_with_status_0_and_it_starts_again(installation: Installation) -> None:
-    assert installation.stop(signal.SIGINT) == 0
+    assert installation.process is not None
+    with closing(installation.store()) as store:
+        store.execute("LISTEN sequin_stop")
+        installation.process.send_signal(signal.SIGINT)
+        assert len(list(store.notifies(timeout=10, stop_after=2))) == 2, "pumps are told until they end: one that begins hears no first word"
+    assert installation.process.wait(20) == 0
     wait_until(lambda: not leftovers(installation.home), 10, "every process to be gone")
     installation.start()
     with installation.source() as source:

@@ -391,3 +391,20 @@ def test_random_use_loses_nothing_and_keeps_order(log: Log, seed: int) -> None:
             break
     check_counts()
     assert done == {row[0] for row in fetch("SELECT id FROM messages")}
+
+
+@pytest.mark.parametrize("looked_at_meanwhile", [False, True])
+def test_a_stream_of_rows_skips_what_waits_for_what_the_log_has_newer(log: Log, looked_at_meanwhile: bool) -> None:
+    consumer = log.consumer(stream="rows")
+    for key in range(12):  # whether the log or the parked ones are looked at first is chance
+        log.append(log.row(key))
+        first = take(consumer)
+        if looked_at_meanwhile:
+            log.append(log.row(key))
+            assert take(consumer).messages == []
+        log.append(log.row(key))
+        claims.nack(consumer, receipts(first))
+        second = take(consumer)
+        assert [m.id for m in second.messages] == [fetch("SELECT max(id) FROM messages")[0][0]]
+        assert claims.ack(consumer, receipts(second)) == (1, 0)
+        assert take(consumer).messages == [] and parked_count(consumer) == (0, 0)
