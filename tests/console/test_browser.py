@@ -126,7 +126,7 @@ def test_the_whole_way(console: Console, installation: Installation, shop: Any, 
     expect(history).to_contain_text("Failed, and is tried again")
     history.get_by_text("Request headers").first.click()
     page.evaluate("document.querySelector('#happened').dataset.old = '1'")
-    page.wait_for_function("!document.querySelector('#happened').dataset.old")  # fetched anew; what was unfolded stays so
+    expect(page.locator("#happened:not([data-old])")).to_be_attached()  # fetched anew; what was unfolded stays so
     expect(history.get_by_text("webhook-timestamp: ").first).to_be_visible(timeout=500)
     expect(history).to_contain_text("webhook-timestamp: ")
     expect(history).to_contain_text("authorization: ********")
