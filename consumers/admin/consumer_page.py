@@ -64,7 +64,7 @@ def live(request: HttpRequest, pk: UUID) -> HttpResponse:
 def numbers(request: HttpRequest, pk: UUID) -> HttpResponse:
     """What is shown above the list, the same way."""
     consumer = _find(pk)
-    return render(request, "console/consumer_numbers.html", {"consumer": consumer, **_standing(consumer)})
+    return render(request, "console/consumer_numbers.html", {"consumer": consumer, "is_live": True, **_standing(consumer)})
 
 
 @posted
@@ -164,6 +164,7 @@ def _listed(request: HttpRequest, consumer: Consumer) -> dict[str, Any]:
     return {
         "listed": found,
         "wanted": wanted,
+        "shows_filtered": any(row.standing.state == "filtered" for row in found.rows),
         "since": given.get("since", ""),
         "states": STATES,
         "sinces": {name: text for name, (text, _) in SINCE.items()},

@@ -58,6 +58,14 @@ _STANDING_SQL = """
     SELECT i.id, k.reason, k.deliver_count, k.last_error, k.last_status, k.due_at FROM parked k, unnest(k.ids) i(id)
     WHERE k.consumer = %(consumer)s AND i.id = ANY (%(ids)s)
 """
+_LEADER_SQL = """
+    SELECT least(
+      (SELECT min(o.first_id) FROM parked o WHERE o.consumer = k.consumer AND o.reason <> 'dead' AND o.grp IN (k.grp, k.grp2)),
+      (SELECT min(o.first_id) FROM parked o WHERE o.consumer = k.consumer AND o.reason <> 'dead' AND o.grp2 IN (k.grp, k.grp2)),
+      (SELECT min(i.id) FROM leases l, unnest(l.ids, l.grps, l.grp2s) i(id, grp, grp2)
+       WHERE l.consumer = k.consumer AND (i.grp IN (k.grp, k.grp2) OR i.grp2 IN (k.grp, k.grp2))))
+    FROM parked k WHERE k.consumer = %(consumer)s AND %(id)s = ANY (k.ids) LIMIT 1
+"""
 
 
 class Standing(NamedTuple):
@@ -120,6 +128,14 @@ def standing_of(consumer_id: UUID, message_id: int) -> Standing:
         return _standings(cursor, consumer_id, [(message_id, not taken)])[message_id]
 
 
+def blocked_by(consumer_id: UUID, message_id: int) -> int | None:
+    """The message that leads the group of a parked one: out, failing or in error. None when nothing does any more."""
+    with connection.cursor() as cursor:
+        cursor.execute(_LEADER_SQL, {"consumer": consumer_id, "id": message_id})
+        row = cursor.fetchone()
+    return None if row is None or row[0] is None or row[0] >= message_id else int(row[0])
+
+
 def _newest(cursor: Any, consumer: Consumer, wanted: Wanted) -> Page:
     cursor.execute("SELECT position FROM consumer_position WHERE consumer = %s", [consumer.pk])
     row = cursor.fetchone()
@@ -133,7 +149,7 @@ def _newest(cursor: Any, consumer: Consumer, wanted: Wanted) -> Page:
     size = JUDGED if wanted.state == "filtered" else PAGE
     tables = {shape.pk: str(shape) for shape in RelationVersion.objects.filter(source=consumer.source_id).defer("columns")}
     parameters = {
-        "consumer": consumer.pk, "source": consumer.source_id, "relations": [pk for pk, name in tables.items() if _takes(consumer, name)],
+        "consumer": consumer.pk, "source": consumer.source_id, "relations": [pk for pk, name in tables.items() if consumer.takes(name)],
         "actions": [letter for letter, action in ACTIONS.items() if action in consumer.actions], "key": None if wanted.key is None else key_text(wanted.key), "since": wanted.since,
         "text": wanted.text or None, "before": before, "above": above, "limit": size + 1,
     }  # fmt: skip
@@ -183,10 +199,6 @@ def _standings(cursor: Any, consumer_id: UUID, found: list[tuple[int, bool]]) ->
                     else Standing("filtered" if id_ in filtered else "passed")
                 )  # fmt: skip
     return known
-
-
-def _takes(consumer: Consumer, table: str) -> bool:
-    return not consumer.tables or table in consumer.tables or f"{table.partition('.')[0]}.*" in consumer.tables
 
 
 def _key(text: str) -> str:

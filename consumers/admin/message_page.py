@@ -47,6 +47,8 @@ class Step(NamedTuple):
     text: str = ""
     answer: str = ""
     headers: str = ""
+    behind: int | None = None
+    """The message it waits for."""
 
 
 @needs(VIEW)
@@ -121,7 +123,8 @@ def _history(consumer: Consumer, message: ListedMessage, standing: Standing, att
         steps.append(Step("ok" if attempt.ok else "bad", title, attempt.at, text, attempt.response or "", _header_lines(attempt.headers)))
     if standing.state == "passed" and any(attempt.ok for attempt in attempts):
         standing = standing._replace(state="delivered")  # it was written down just now
-    steps.append(_now(consumer, standing, bool(attempts)))
+    now = _now(consumer, standing, bool(attempts))
+    steps.append(now._replace(behind=listing.blocked_by(consumer.pk, message.id)) if standing.state == "blocked" else now)
     return steps
 
 

@@ -21,7 +21,9 @@ EVERYTHING = UUID(int=0)
 _LOOK_SQL = """
     SELECT c.id AS subject, p.messages AS captured, 0::bigint AS delivered, 0::bigint AS failed, 0::bigint AS filtered,
            NULL::bigint AS waiting, greatest(s.source_lsn - p.reached_lsn, 0) AS lag_bytes,
-           CASE WHEN s.source_lsn > p.reached_lsn THEN extract(epoch FROM now() - p.updated_at) ELSE 0 END AS lag_s
+           -- Where nobody reads, nobody knows how far the source has got: it is behind since it was last read.
+           extract(epoch FROM CASE WHEN s.source_lsn > p.reached_lsn THEN now() - p.updated_at WHEN s.state <> 'active' THEN now() - s.since
+                              WHEN s.at < now() - interval '30 s' THEN now() - s.at ELSE interval '0' END) AS lag_s
     FROM consumers_source c JOIN capture_progress p ON p.source = c.id LEFT JOIN source_status s ON s.source = c.id
     UNION ALL
     SELECT c.id, 0, p.acked_count, p.failed_count, p.filtered_count,

@@ -114,6 +114,7 @@ def test_the_whole_way(console: Console, installation: Installation, shop: Any, 
     shop.execute("UPDATE orders SET status = 'paid' WHERE id = 1")
     expect(page.locator("#messages")).to_contain_text("To be retried")
     expect(page.locator("#messages")).to_contain_text("answered 500")
+    expect(page.locator("#state")).to_have_text("Needs a look")  # by itself too
     console.go("/admin/")
     expect(page.get_by_role("heading", name="Needs you")).to_be_visible()
     page.locator(".sq-needs").get_by_role("link", name="orders-push").first.click()
@@ -123,7 +124,13 @@ def test_the_whole_way(console: Console, installation: Installation, shop: Any, 
     history = page.locator(".sq-history")
     expect(history).to_contain_text("Attempt 1: answered 500")
     expect(history).to_contain_text("Failed, and is tried again")
-    assert "hush-hush" not in page.content() and "authorization: ********" in page.content()
+    history.get_by_text("Request headers").first.click()
+    page.evaluate("document.querySelector('#happened').dataset.old = '1'")
+    expect(page.locator("#happened:not([data-old])")).to_be_attached()  # fetched anew; what was unfolded stays so
+    expect(history.get_by_text("webhook-timestamp: ").first).to_be_visible(timeout=500)
+    expect(history).to_contain_text("webhook-timestamp: ")
+    expect(history).to_contain_text("authorization: ********")
+    assert "hush-hush" not in page.content()
 
     # Mended, retried, delivered.
     endpoint.answer = status(204)

@@ -47,6 +47,8 @@ def test_every_state_has_its_word(log: Log) -> None:
         ("dead", []),
     ):  # fmt: skip
         assert states(consumer, state=state) == rows
+    third, fourth = claim.messages[2].id, claim.messages[2].id + 1
+    assert listing.blocked_by(consumer, fourth) == third and listing.blocked_by(consumer, third) is None
     claim = take(strict, 1)
     claims.fail(strict, [Failure(claim.token, claim.messages[0].id, 1, "answered 400", 400)])
     assert states(strict, state="dead") == [("1", "dead")] and states(strict)[-1] == ("1", "dead")

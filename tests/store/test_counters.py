@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from consumers.models import Consumer
-from consumers.store import claims, counters
+from consumers.store import claims, counters, lifecycle
 from consumers.store.types import Failure
 from tests.store.test_claims import Log, fetch, receipts, take
 
@@ -53,6 +53,17 @@ def test_what_waits_and_how_old_it_is(log: Log) -> None:
     look = counters.looks()[consumer]
     assert look.waiting == 2 and look.lag_s > 1_000  # the rows of this log were committed in the year 2000
     assert counters.looks()[log.source.pk].lag_bytes is not None or fetch("SELECT 1 FROM source_status") == []
+
+
+@pytest.mark.parametrize(
+    "state, since, at, behind",
+    [("active", "2 hours", "1 second", False), ("unreachable", "2 hours", "1 second", True), ("active", "3 hours", "2 hours", True)],
+)
+def test_a_source_that_nobody_reads_is_behind_since_it_was_read(log: Log, state: str, since: str, at: str, behind: bool) -> None:
+    lifecycle.set_source_status(log.source.pk, state, source_lsn=1)
+    fetch("UPDATE source_status SET since = now() - %s::interval, at = now() - %s::interval", since, at)
+    lag_s = counters.totals()[log.source.pk].lag_s
+    assert 7_190 < lag_s < 7_300 if behind else lag_s == 0
 
 
 def test_subjects_that_are_gone_are_forgotten(log: Log) -> None:

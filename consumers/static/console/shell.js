@@ -72,7 +72,7 @@ document.addEventListener("alpine:init", () => {
 });
 
 /* Parts of a page that fetch themselves anew: data-poll="seconds" beside hx-trigger="poll". They rest while nobody looks,
-   while somebody types or selects text in them, and while paused. */
+   while somebody types, selects text or moves by keyboard in them, and while paused. What was unfolded stays so. */
 setInterval(() => {
   if (document.hidden) return;
   const now = Date.now();
@@ -80,12 +80,20 @@ setInterval(() => {
     const due = Number(part.dataset.polledAt || 0) + Number(part.dataset.poll) * 1000;
     if (!part.dataset.polledAt) { part.dataset.polledAt = now; continue; }
     if (now < due || part.dataset.paused) continue;
-    if (part.contains(document.activeElement) && document.activeElement.matches("input, textarea, select")) continue;
+    if (part.contains(document.activeElement) && document.activeElement.matches("input, textarea, select, :focus-visible")) continue;
     if (part.contains(document.getSelection().anchorNode) && !document.getSelection().isCollapsed) continue;
     part.dataset.polledAt = now;
     htmx.trigger(part, "poll");
   }
 }, 250);
+
+document.addEventListener("htmx:beforeSwap", (event) => {
+  const open = [...event.detail.target.querySelectorAll("details[open][data-kept]")].map((part) => part.dataset.kept);
+  if (!open.length) return;
+  document.addEventListener("htmx:afterSwap", () => {
+    for (const kept of open) document.querySelector(`details[data-kept="${kept}"]`)?.setAttribute("open", "");
+  }, { once: true });
+});
 
 document.addEventListener("click", (event) => {
   const copy = event.target.closest("[data-copy]");
