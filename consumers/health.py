@@ -10,6 +10,7 @@ from django.db import connection
 
 from consumers.hosting import PAUSE_COSTS, readable_bytes
 from consumers.store import lifecycle
+from consumers.words import counted
 
 DOWN_AFTER = timedelta(seconds=30)
 IDLE_AFTER = timedelta(seconds=60)
@@ -108,7 +109,7 @@ def _judge_consumer(
     if limit is not None and held is not None and held > limit:
         reasons.append(f"holds back {readable_bytes(held)} of the log, more than max_backlog_bytes: {readable_bytes(limit)}")
     if dropped:
-        reasons.append(f"{dropped} messages were dropped because its backlog was full (on_full: drop_oldest)")
+        reasons.append(f"{counted(dropped, 'message')} {'was' if dropped == 1 else 'were'} dropped because its backlog was full (on_full: drop_oldest)")
     reasons += [f"{failed}. Resume or cancel it" for failed in failed_backfills]
     if configured == "paused":
         return Judged(name, configured, reasons)
@@ -118,11 +119,11 @@ def _judge_consumer(
     if parked and parked >= max_parked:
         reasons.append(f"takes no more: {parked} messages wait behind failing ones, most of them in the group of {largest}")
     elif parked:
-        reasons.append(f"{parked} messages are parked" + (f", the first because: {error}" if error else ""))
+        reasons.append(f"{counted(parked, 'message')} {'is' if parked == 1 else 'are'} parked" + (f", the first because: {error}" if error else ""))
     if unfit:
         reasons.append(f"{unfit}{' or more' if unfit == 1000 else ''} of them lead rows that are held until its filter is saved anew: it does not fit their table")
     if dead:
-        reasons.append(f"{dead} dead letter{'' if dead == 1 else 's'}")
+        reasons.append(counted(dead, "dead letter"))
     return Judged(name, "degraded" if reasons else "ok", reasons)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 from django.conf import settings
 from django.db import Error as DatabaseFailure
 from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.views.decorators.csrf import csrf_exempt
 
 from consumers import health as judge
 from consumers.api.errors import answer
@@ -11,6 +12,7 @@ from consumers.tokens import find_caller, may_operate, token_of
 from delivery.metrics import exposition
 
 
+@csrf_exempt
 def health(request: HttpRequest) -> HttpResponse:
     """200 while every source gets on, 503 when one is failing or the store is away."""
     try:
@@ -32,6 +34,7 @@ def health(request: HttpRequest) -> HttpResponse:
     )
 
 
+@csrf_exempt
 def metrics(request: HttpRequest) -> HttpResponse:
     """Prometheus' text format."""
     try:
@@ -46,7 +49,9 @@ def metrics(request: HttpRequest) -> HttpResponse:
 
 
 def _refused(request: HttpRequest) -> HttpResponse | None:
-    """None when this caller may look; else 401, or 403 when the token is known and may not."""
+    """None when this caller may look; else 401, or 403 when the token is known and may not. Looking is all there is: 405."""
+    if request.method not in ("GET", "HEAD"):
+        return JsonResponse({"summary": f"Method \"{request.method}\" not allowed."}, status=405, headers={"Allow": "GET, HEAD"})
     if may_operate(request, settings.SEQUIN_METRICS_PUBLIC):
         return None
     caller = find_caller(token_of(request))

@@ -6,7 +6,7 @@ fields are refused. Secrets go in and come back as `********`; sent back so, the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from rest_framework import serializers
 
@@ -94,6 +94,9 @@ class Named(serializers.SlugRelatedField):
 class Shape(serializers.ModelSerializer[Any]):
     """What the three have in common."""
 
+    TOLD: ClassVar[tuple[str, ...]] = ()
+    """What answers tell besides: sent back with the rest, it means nothing."""
+
     id = serializers.UUIDField(read_only=True)
     name = Text()
     created_at = serializers.DateTimeField(read_only=True)
@@ -105,6 +108,8 @@ class Shape(serializers.ModelSerializer[Any]):
         writable = [name for name, field in self.fields.items() if not field.read_only]
         errors = {}
         for name in data:
+            if self.instance is not None and name in self.TOLD:
+                continue
             if name not in self.fields:
                 errors[name] = [f"is not a field; expected some of {', '.join(writable)}"]
             elif self.fields[name].read_only and not self._is_unchanged(name, data[name]):
@@ -123,6 +128,8 @@ class Shape(serializers.ModelSerializer[Any]):
 
 
 class SourceShape(Shape):
+    TOLD = ("warning",)
+
     host = Text()
     port = Whole()
     database = Text()
@@ -159,6 +166,8 @@ class EndpointShape(Shape):
 
 
 class ConsumerShape(Shape):
+    TOLD = ("backlog", "notices")
+
     source = Named(queryset=Source.objects.all())  # type: ignore[assignment]
     source_id = serializers.UUIDField(read_only=True)
     kind = Text(help_text="push or pull; fixed at creation")

@@ -34,6 +34,7 @@ class PullView(APIView):
     """A call on one pull consumer."""
 
     required_scope = "pull"
+    http_method_names = ["get", "post"]  # no HEAD: it would take messages and give them to nobody
 
     def receiver(self, name_or_id: str) -> Receiver:
         room.listen()

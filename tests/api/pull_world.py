@@ -117,7 +117,7 @@ class Client:
             conn.request(method, path, raw, headers)
             response = conn.getresponse()
             data = response.read()
-            is_json = (response.getheader("Content-Type") or "").startswith("application/json")
+            is_json = bool(data) and (response.getheader("Content-Type") or "").startswith("application/json")
             return Answer(response.status, json.loads(data) if is_json else data.decode(), dict(response.getheaders()))
         finally:
             conn.close()

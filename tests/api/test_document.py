@@ -54,7 +54,8 @@ def test_every_answer_is_as_the_document_says(transactional_db: None, source_dat
     call("POST", "sources", {}, expect=422)
     call("GET", "sources")
     call("GET", "sources/none", at="sources/{name}", expect=404)
-    call("PATCH", "sources/shop", {"status": "paused"}, at="sources/{name}")
+    paused = call("PATCH", "sources/shop", {"status": "paused"}, at="sources/{name}")
+    assert paused["warning"] and call("PATCH", "sources/shop", paused, at="sources/{name}")["status"] == "paused"
     call("PATCH", "sources/shop", {"status": "active"}, at="sources/{name}")
     for what in ("tables", "events"):
         call("GET", f"sources/shop/{what}", at=f"sources/{{name}}/{what}")
@@ -66,7 +67,8 @@ def test_every_answer_is_as_the_document_says(transactional_db: None, source_dat
     assert call("POST", "consumers", consumer, expect=201)["notices"]
     call("GET", "consumers")
     one = "consumers/{name}"
-    call("GET", "consumers/c", at=one)
+    read = call("GET", "consumers/c", at=one)
+    assert call("PATCH", "consumers/c", read, at=one)["id"] == read["id"], "what was read may be sent back"
     call("PATCH", "consumers/c", {"ack_wait_ms": 5000}, at=one)
     for what in ("pause", "resume"):
         call("POST", f"consumers/c/{what}", at=f"{one}/{what}")

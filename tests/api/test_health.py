@@ -124,6 +124,15 @@ def test_from_elsewhere_it_needs_a_token_that_may_manage(client: Client, path: s
     assert client.get(path, **REMOTE).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/health", "/metrics"])
+def test_there_is_nothing_to_post(path: str) -> None:
+    strict = Client(enforce_csrf_checks=True)
+    for method in ("post", "put", "delete", "options"):
+        answer = getattr(strict, method)(path)
+        assert answer.status_code == 405 and answer.json()["summary"], method
+    assert strict.head(path).status_code == 200
+
+
 def test_metrics_count_what_happened(client: Client, source: Source, log: Log) -> None:
     from consumers.store import claims
 

@@ -157,6 +157,16 @@ def test_a_bad_query_is_400(world: World) -> None:
     assert answer.status == 400 and "batch_size" in answer.body["summary"]
 
 
+def test_a_head_takes_nothing(world: World) -> None:
+    consumer = world.consumer()
+    world.log.append([1])
+    for call in ("receive", "ack"):
+        for method in ("HEAD", "OPTIONS", "PUT", "DELETE"):
+            answer = world.client.call(method, f"/api/http_pull_consumers/{consumer.name}/{call}")
+            assert answer.status == 405, (method, call)
+    assert world.client.receive(consumer.name).body["data"][0]["deliver_count"] == 1
+
+
 def test_who_is_refused_early_gets_an_answer_and_no_broken_connection(world: World) -> None:
     """More than fits into the buffers between two ends: the client is still sending when the answer is made."""
     consumer = world.consumer()
