@@ -94,7 +94,9 @@ class Client:
     """Takes what its consumer gets. What it gives back it has not looked at, so that it need not remember what it did."""
 
     def __init__(self, consumer: Consumer, chance: random.Random, gives_back: bool) -> None:
+        """One that gives back does not go back to before it was made: the table may have been emptied then."""
         self.consumer, self.chance, self.gives_back = consumer, chance, gives_back
+        [(self.first,)] = fetch("SELECT coalesce(max(id), 0) + 1 FROM messages") if gives_back else [(1,)]
         self.rows: dict[int, Any] = {}
         self.newest: dict[int, int] = {}
         self.rewound = self.read = 0
@@ -123,6 +125,7 @@ class Client:
             "SELECT coalesce((SELECT min(id) FROM messages WHERE source = p.source), 1), position FROM consumer_position p WHERE consumer = %s",
             self.consumer.pk,
         )
+        first = max(first, self.first)
         if position < first:
             return
         back = self.chance.choice([first - 1, self.chance.randint(first - 1, position), max(first - 1, position - 50)])
@@ -236,9 +239,8 @@ def one_round(database: SourceDatabase, source: Any, chance: random.Random, name
         for backfill in others:
             backfills.resume(backfill)
         wait_until(lambda: working.failed or not running(), 60, "the backfills to end")
-        [(here,)] = database.execute("SELECT pg_current_wal_insert_lsn() - '0/0'")
-        database.execute("INSERT INTO t VALUES (1000, nextval('versions'), 'last') ON CONFLICT (id) DO UPDATE SET n = excluded.n")
-        wait_until(lambda: fetch("SELECT 1 FROM capture_progress WHERE reached_lsn > %s", here), 30)
+        [(last,)] = database.execute("INSERT INTO t VALUES (1000, nextval('versions'), 'last') ON CONFLICT (id) DO UPDATE SET n = excluded.n RETURNING n")
+        wait_until(lambda: fetch("SELECT 1 FROM messages WHERE key = '[\"1000\"]' AND (record::json->>'n')::bigint = %s", int(last)), 30)
         working.end()
         assert not taking.is_alive()
     wait_until(lambda: not client.turn(quiet=True) and not fetch("SELECT 1 FROM consumer_position WHERE out_count + parked_count > 0"), 60, "all to be taken")
