@@ -22,6 +22,7 @@ from capture import backfilling
 from consumers import changes
 from consumers.models import Backfill, Consumer
 from consumers.store import backfill_work, backfills, claims, rewinds
+from consumers.store.connection import store_connection
 from consumers.store.types import ClaimedMessage
 from tests.capture.backfill_world import begin, fetch
 from tests.capture.conftest import EMBEDDED
@@ -32,7 +33,7 @@ pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("
 
 KEYS = 150
 WINDOW = 8  # keys that one transaction keeps to itself
-LONG_S, SHORT_S = 20.0, 3.0
+LONG_S, SHORT_S = 20.0, 4.0
 LEASE_MS = 20_000
 
 
@@ -44,7 +45,7 @@ class Writer:
 
     def transaction(self) -> None:
         chance = self.chance
-        if self.truncates and chance.random() < 0.02:
+        if self.truncates and chance.random() < 0.04:
             self.conn.execute("TRUNCATE t")
             return
         if chance.random() < 0.02:
@@ -64,7 +65,7 @@ class Writer:
                 time.sleep(chance.random() * 0.05)
 
     def statement(self, first: int) -> None:
-        what = self.chance.choices(["put", "many", "move", "swap", "delete"], [40, 20, 10, 10, 10])[0]
+        what = self.chance.choices(["put", "many", "move", "swap", "delete"], [30, 20, 15, 15, 10])[0]
         a, b = self.chance.sample(range(first, first + WINDOW + 1), 2)
         if what == "put":
             self.conn.execute(
@@ -234,7 +235,7 @@ def one_round(database: SourceDatabase, source: Any, chance: random.Random, name
         others: list[UUID] = []
         while time.monotonic() < end and not (writing.failed or working.failed):
             meddle(consumer, chance, others)
-            time.sleep(chance.random() * 0.3)
+            time.sleep(chance.random() * 0.2)
         writing.end()
         for backfill in others:
             backfills.resume(backfill)
@@ -259,9 +260,13 @@ def running() -> list[Any]:
 
 
 def meddle(consumer: Consumer, chance: random.Random, begun: list[UUID]) -> None:
-    """Begin another backfill, or do something to one of them."""
-    what = chance.choice(["begin", "pause", "resume", "cancel", "nothing"])
-    if what == "begin":
+    """Begin another backfill, do something to one of them, or let the log lag behind what pages see."""
+    what = chance.choice(["begin", "begin", "pause", "resume", "cancel", "hold", "hold", "nothing"])
+    if what == "hold":
+        with store_connection() as conn, conn.transaction():
+            conn.execute("SELECT FROM capture_progress FOR UPDATE")
+            conn.execute("SELECT pg_sleep(%s)", [chance.random() * 0.5])
+    elif what == "begin":
         how = chance.choice([{}, {"where": "id % 2 = 0"}, {"sort_column": "n"}, {"sort_column": "id", "start_value": "40"}, {"sort_column": "v"}])
         begun.append(begin(consumer, page_rows=chance.choice([10, 25]), **how))
     elif begun and what != "nothing":
