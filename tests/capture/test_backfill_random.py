@@ -107,7 +107,8 @@ class Client:
         what = "take" if quiet else self.chance.choices(["take", "part", "lose", "rewind"], [80, 8, 4, 2])[0]
         if what == "rewind":
             self.rewind()
-        claim = claims.claim(self.consumer.pk, self.chance.choice([1, 3, 20, 100]), lease_ms=50 if what == "lose" and self.gives_back else LEASE_MS)
+        most = 1000 if quiet else self.chance.choice([1, 3, 20, 100])
+        claim = claims.claim(self.consumer.pk, most, lease_ms=50 if what == "lose" and self.gives_back else LEASE_MS)
         if claim.token is None:
             return not claim.at_end
         if what == "lose" and self.gives_back:
@@ -230,7 +231,8 @@ def one_round(database: SourceDatabase, source: Any, chance: random.Random, name
         changes.save(consumer)
         [first] = Backfill.objects.filter(consumer=consumer)
         fetch("UPDATE backfills SET page_rows = 10 WHERE id = %s", first.pk)
-        taking = working.keep(lambda: client.turn() or time.sleep(0.01))
+        # In the end it takes what waits: a backfill for a consumer with much before it goes on when it has.
+        taking = working.keep(lambda: client.turn(quiet=writing.stopping.is_set()) or time.sleep(0.01))
         end = time.monotonic() + seconds
         others: list[UUID] = []
         while time.monotonic() < end and not (writing.failed or working.failed):
