@@ -44,10 +44,6 @@ class Published:
     search_path: bytes
     """Where the operators of the sort columns' types are found."""
 
-    @property
-    def is_keyless(self) -> bool:
-        return not self.shape.primary_key
-
 
 class Part(NamedTuple):
     """A relation under which rows are published, or a partition whose rows are published as the relation's."""

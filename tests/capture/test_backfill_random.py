@@ -22,6 +22,7 @@ from capture import backfilling
 from consumers import changes
 from consumers.models import Backfill, Consumer
 from consumers.store import backfill_work, backfills, claims, rewinds
+from consumers.store.connection import store_connection
 from consumers.store.types import ClaimedMessage
 from tests.capture.backfill_world import begin, fetch
 from tests.capture.conftest import EMBEDDED
@@ -32,7 +33,7 @@ pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("
 
 KEYS = 150
 WINDOW = 8  # keys that one transaction keeps to itself
-LONG_S, SHORT_S = 20.0, 3.0
+LONG_S, SHORT_S = 20.0, 4.0
 LEASE_MS = 20_000
 
 
@@ -44,7 +45,7 @@ class Writer:
 
     def transaction(self) -> None:
         chance = self.chance
-        if self.truncates and chance.random() < 0.02:
+        if self.truncates and chance.random() < 0.04:
             self.conn.execute("TRUNCATE t")
             return
         if chance.random() < 0.02:
@@ -64,7 +65,7 @@ class Writer:
                 time.sleep(chance.random() * 0.05)
 
     def statement(self, first: int) -> None:
-        what = self.chance.choices(["put", "many", "move", "swap", "delete"], [40, 20, 10, 10, 10])[0]
+        what = self.chance.choices(["put", "many", "move", "swap", "delete"], [30, 20, 15, 15, 10])[0]
         a, b = self.chance.sample(range(first, first + WINDOW + 1), 2)
         if what == "put":
             self.conn.execute(
@@ -94,7 +95,9 @@ class Client:
     """Takes what its consumer gets. What it gives back it has not looked at, so that it need not remember what it did."""
 
     def __init__(self, consumer: Consumer, chance: random.Random, gives_back: bool) -> None:
+        """One that gives back does not go back to before it was made: the table may have been emptied then."""
         self.consumer, self.chance, self.gives_back = consumer, chance, gives_back
+        [(self.first,)] = fetch("SELECT coalesce(max(id), 0) + 1 FROM messages") if gives_back else [(1,)]
         self.rows: dict[int, Any] = {}
         self.newest: dict[int, int] = {}
         self.rewound = self.read = 0
@@ -104,7 +107,8 @@ class Client:
         what = "take" if quiet else self.chance.choices(["take", "part", "lose", "rewind"], [80, 8, 4, 2])[0]
         if what == "rewind":
             self.rewind()
-        claim = claims.claim(self.consumer.pk, self.chance.choice([1, 3, 20, 100]), lease_ms=50 if what == "lose" and self.gives_back else LEASE_MS)
+        most = 1000 if quiet else self.chance.choice([1, 3, 20, 100])
+        claim = claims.claim(self.consumer.pk, most, lease_ms=50 if what == "lose" and self.gives_back else LEASE_MS)
         if claim.token is None:
             return not claim.at_end
         if what == "lose" and self.gives_back:
@@ -123,6 +127,7 @@ class Client:
             "SELECT coalesce((SELECT min(id) FROM messages WHERE source = p.source), 1), position FROM consumer_position p WHERE consumer = %s",
             self.consumer.pk,
         )
+        first = max(first, self.first)
         if position < first:
             return
         back = self.chance.choice([first - 1, self.chance.randint(first - 1, position), max(first - 1, position - 50)])
@@ -226,19 +231,19 @@ def one_round(database: SourceDatabase, source: Any, chance: random.Random, name
         changes.save(consumer)
         [first] = Backfill.objects.filter(consumer=consumer)
         fetch("UPDATE backfills SET page_rows = 10 WHERE id = %s", first.pk)
-        taking = working.keep(lambda: client.turn() or time.sleep(0.01))
+        # In the end it takes what waits: a backfill for a consumer with much before it goes on when it has.
+        taking = working.keep(lambda: client.turn(quiet=writing.stopping.is_set()) or time.sleep(0.01))
         end = time.monotonic() + seconds
         others: list[UUID] = []
         while time.monotonic() < end and not (writing.failed or working.failed):
             meddle(consumer, chance, others)
-            time.sleep(chance.random() * 0.3)
+            time.sleep(chance.random() * 0.2)
         writing.end()
         for backfill in others:
             backfills.resume(backfill)
         wait_until(lambda: working.failed or not running(), 60, "the backfills to end")
-        [(here,)] = database.execute("SELECT pg_current_wal_insert_lsn() - '0/0'")
-        database.execute("INSERT INTO t VALUES (1000, nextval('versions'), 'last') ON CONFLICT (id) DO UPDATE SET n = excluded.n")
-        wait_until(lambda: fetch("SELECT 1 FROM capture_progress WHERE reached_lsn > %s", here), 30)
+        [(last,)] = database.execute("INSERT INTO t VALUES (1000, nextval('versions'), 'last') ON CONFLICT (id) DO UPDATE SET n = excluded.n RETURNING n")
+        wait_until(lambda: fetch("SELECT 1 FROM messages WHERE key = '[\"1000\"]' AND (record::json->>'n')::bigint = %s", int(last)), 30)
         working.end()
         assert not taking.is_alive()
     wait_until(lambda: not client.turn(quiet=True) and not fetch("SELECT 1 FROM consumer_position WHERE out_count + parked_count > 0"), 60, "all to be taken")
@@ -257,9 +262,13 @@ def running() -> list[Any]:
 
 
 def meddle(consumer: Consumer, chance: random.Random, begun: list[UUID]) -> None:
-    """Begin another backfill, or do something to one of them."""
-    what = chance.choice(["begin", "pause", "resume", "cancel", "nothing"])
-    if what == "begin":
+    """Begin another backfill, do something to one of them, or let the log lag behind what pages see."""
+    what = chance.choice(["begin", "begin", "pause", "resume", "cancel", "hold", "hold", "nothing"])
+    if what == "hold":
+        with store_connection() as conn, conn.transaction():
+            conn.execute("SELECT FROM capture_progress FOR UPDATE")
+            conn.execute("SELECT pg_sleep(%s)", [chance.random() * 0.5])
+    elif what == "begin":
         how = chance.choice([{}, {"where": "id % 2 = 0"}, {"sort_column": "n"}, {"sort_column": "id", "start_value": "40"}, {"sort_column": "v"}])
         begun.append(begin(consumer, page_rows=chance.choice([10, 25]), **how))
     elif begun and what != "nothing":
