@@ -9,7 +9,10 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +124,23 @@ class Cluster:
             check=True, capture_output=True, cwd="/", **self._identity(),
         )  # fmt: skip
         return made
+
+    @contextmanager
+    def logging_snapshots(self) -> Iterator[None]:
+        """What a slot that is made on a standby of this server waits for, again and again."""
+        stop = threading.Event()
+
+        def snapshots() -> None:
+            while not stop.wait(0.1):
+                self.execute("SELECT pg_log_standby_snapshot()")
+
+        helper = threading.Thread(target=snapshots)
+        helper.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            helper.join()
 
     def promote(self) -> None:
         self.execute("SELECT pg_promote(true, 30)")

@@ -58,6 +58,16 @@ def free_port() -> int:
     return new_port()
 
 
+@pytest.fixture
+def log(transactional_db: None) -> Iterator[Any]:
+    """A source's log that is written directly."""
+    from tests.store.world import Log
+
+    made = Log()
+    yield made
+    made.appender.close()
+
+
 class StoreServer:
     """The test store's own server, as a place for source databases."""
 

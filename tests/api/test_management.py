@@ -14,7 +14,7 @@ from consumers.store import claims, lifecycle
 from consumers.store.types import Failure
 from consumers.tokens import create_token
 from tests.conftest import SourceDatabase
-from tests.store.test_claims import Log
+from tests.store.world import Log
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

@@ -13,9 +13,9 @@ from consumers.models import Consumer
 from consumers.store import claims
 from consumers.store.connection import store_connection
 from consumers.store.partitions import maintain
-from tests.api.test_management import Api, log  # noqa: F401
+from tests.api.test_management import Api  # noqa: F401
 from tests.store.test_claim_plans import fill
-from tests.store.test_claims import Log, fetch, keys, receipts, take
+from tests.store.world import Log, fetch, keys, receipts, take
 from tests.store.test_rewinds import append
 
 pytestmark = pytest.mark.django_db(transaction=True)

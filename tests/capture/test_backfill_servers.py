@@ -128,19 +128,8 @@ def on_standby(pair: tuple[Cluster, Cluster], transactional_db: None) -> Source:
     """A source on the standby. Making its slot there takes a snapshot of the primary."""
     primary, standby = pair
     source = source_on(standby)
-    stop = threading.Event()
-
-    def snapshots() -> None:
-        while not stop.wait(0.1):
-            primary.execute("SELECT pg_log_standby_snapshot()")
-
-    helper = threading.Thread(target=snapshots)
-    helper.start()
-    try:
+    with primary.logging_snapshots():
         changes.save(source)
-    finally:
-        stop.set()
-        helper.join()
     return source
 
 

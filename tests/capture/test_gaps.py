@@ -220,20 +220,9 @@ def test_a_standby_that_is_promoted_while_it_is_read_is_no_gap(transactional_db:
     primary.execute("CREATE TABLE t (id int PRIMARY KEY)")
     primary.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
     standby = primary.standby("standby").start()
-    stop = threading.Event()
-
-    def snapshots() -> None:
-        while not stop.wait(0.2):
-            primary.execute("SELECT pg_log_standby_snapshot()")
-
-    helper = threading.Thread(target=snapshots)
-    helper.start()
     source = source_on(standby)
-    try:
+    with primary.logging_snapshots():
         changes.save(source)
-    finally:
-        stop.set()
-        helper.join()
     try:
         with reading(source):
             primary.execute("INSERT INTO t VALUES (1), (2)")

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,19 +40,8 @@ def source_on(server: Cluster, **fields: Any) -> Source:
 def test_a_standby_is_decoded(pair: tuple[Cluster, Cluster]) -> None:
     primary, standby = pair
     source = source_on(standby)
-    stop = threading.Event()
-
-    def snapshots() -> None:
-        while not stop.wait(0.2):
-            primary.execute("SELECT pg_log_standby_snapshot()")
-
-    helper = threading.Thread(target=snapshots)
-    helper.start()
-    try:
+    with primary.logging_snapshots():
         changes.save(source)
-    finally:
-        stop.set()
-        helper.join()
     found = {finding.name: finding for finding in check(source)}
     assert found["standby"].ok and not [f for f in found.values() if f.blocking and not f.ok]
     with reading(source):

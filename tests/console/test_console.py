@@ -4,7 +4,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from django.contrib.auth import get_user_model
 from django.test import Client
 
 from consumers.alert_models import AlertDestination
@@ -12,7 +11,7 @@ from consumers.models import ApiToken, Consumer, HttpEndpoint, Source
 from consumers.store import claims, lifecycle
 from consumers.store.models import Message
 from consumers.store.types import Failure
-from tests.store.test_claims import Log
+from tests.store.world import Log
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -27,20 +26,6 @@ PAGES = [
     "consumers/source/{source}/change/", "consumers/source/{source}/numbers/", "consumers/source/{source}/check/",
     "consumers/source/{source}/tables/", "consumers/source/{source}/erase/", "consumers/consumer/tables/?source={source}",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def log() -> Any:
-    made = Log()
-    yield made
-    made.appender.close()
-
-
-@pytest.fixture
-def console() -> Client:
-    client = Client()
-    client.force_login(get_user_model().objects.create_superuser("admin", "", "password"))
-    return client
 
 
 @pytest.mark.parametrize("page", PAGES)

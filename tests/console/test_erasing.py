@@ -1,7 +1,6 @@
 """A key is erased: its values, its key, what answers and errors said of it; everything else stays."""
 from __future__ import annotations
 
-from typing import Any
 
 import pytest
 from django.contrib.auth import get_user_model
@@ -11,16 +10,9 @@ from consumers.audit import AuditEntry
 from consumers.store import claims, erasure, lifecycle
 from consumers.store.types import Failure
 from delivery.models import Arrival
-from tests.store.test_claims import Log, fetch, receipts, take
+from tests.store.world import Log, fetch, receipts, take
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture
-def log() -> Any:
-    made = Log()
-    yield made
-    made.appender.close()
 
 
 def test_a_key_is_overwritten_everywhere_and_delivery_goes_on(log: Log) -> None:

@@ -16,16 +16,9 @@ from consumers.admin.listing import Wanted, newest
 from consumers.models import Consumer
 from consumers.store import claims
 from consumers.store.types import Failure
-from tests.store.test_claims import Log, receipts, take
+from tests.store.world import Log, receipts, take
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture
-def log() -> Any:
-    made = Log()
-    yield made
-    made.appender.close()
 
 
 def states(consumer: Any, **wanted: Any) -> list[tuple[str, str]]:

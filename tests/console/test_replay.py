@@ -4,30 +4,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from django.contrib.auth import get_user_model
 from django.test import Client
 
 from consumers import changes
 from consumers.audit import AuditEntry
 from consumers.models import Backfill, Consumer
 from consumers.store import claims
-from tests.store.test_claims import Log, receipts, take
+from tests.store.world import Log, receipts, take
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture
-def log() -> Any:
-    made = Log()
-    yield made
-    made.appender.close()
-
-
-@pytest.fixture
-def console() -> Client:
-    client = Client()
-    client.force_login(get_user_model().objects.create_superuser("admin", "", "password"))
-    return client
 
 
 def test_a_rewind_says_first_how_many_come_again(console: Client, log: Log) -> None:

@@ -13,17 +13,10 @@ from consumers.models import Consumer, HttpEndpoint
 from consumers.store import claims, lifecycle
 from consumers.store.types import Failure
 from consumers.tokens import create_token
-from tests.store.test_claims import Log
+from tests.store.world import Log
 
 pytestmark = pytest.mark.django_db(transaction=True)
 ROLES = ("viewer", "operator", "admin")
-
-
-@pytest.fixture
-def log() -> Any:
-    made = Log()
-    yield made
-    made.appender.close()
 
 
 def console(role: str) -> Client:

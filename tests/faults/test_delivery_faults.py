@@ -31,8 +31,8 @@ from tests.cluster import Cluster
 from tests.conftest import wait_until
 from tests.faults.rig import Scene, timed
 from tests.push.endpoint import Endpoint, Got, status
-from tests.push.test_pump import delivered, endpoint, log, pump, pump_process, push_to  # noqa: F401
-from tests.store.test_claims import Log
+from tests.push.test_pump import delivered, endpoint, pump, pump_process, push_to  # noqa: F401
+from tests.store.world import Log
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

@@ -15,16 +15,9 @@ from consumers.store import claims, counters, lifecycle
 from consumers.store.types import Failure
 from delivery import alerting
 from tests.push.endpoint import Endpoint, status
-from tests.store.test_claims import Log, take
+from tests.store.world import Log, take
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture
-def log() -> Any:
-    made = Log()
-    yield made
-    made.appender.close()
 
 
 @pytest.fixture

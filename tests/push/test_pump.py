@@ -19,16 +19,9 @@ from consumers.store import lifecycle
 from delivery.push.pump import Pump
 from tests.conftest import ROOT, process_environment, wait_until
 from tests.push.endpoint import Endpoint, Got, status
-from tests.store.test_claims import Log
+from tests.store.world import Log
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture
-def log() -> Iterator[Log]:
-    made = Log()
-    yield made
-    made.appender.close()
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from delivery.push.pump import Pump
 from tests.api.test_management import Api
 from tests.conftest import wait_until
 from tests.push.endpoint import Endpoint, status
-from tests.push.test_pump import endpoint, log, pump, push_to  # noqa: F401
-from tests.store.test_claims import Log
+from tests.push.test_pump import endpoint, pump, push_to  # noqa: F401
+from tests.store.world import Log
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

@@ -7,18 +7,11 @@ import pytest
 
 from consumers.store import claims
 from consumers.store.lifecycle import backlog
-from tests.store.test_claims import Log
+from tests.store.world import Log
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
 MB = 1024 * 1024
-
-
-@pytest.fixture
-def log() -> Any:
-    made = Log()
-    yield made
-    made.appender.close()
 
 
 def large(log: Log, key: int, size: int) -> Any:

@@ -8,18 +8,11 @@ import pytest
 from django.db import connection
 
 from consumers.store import claims, lifecycle
-from tests.store.test_claims import Log, fetch
+from tests.store.world import Log, fetch
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
 FEW = 3_000
-
-
-@pytest.fixture
-def log() -> Any:
-    made = Log()
-    yield made
-    made.appender.close()
 
 
 def fill(log: Log, count: int, keys: int) -> None:

@@ -24,7 +24,7 @@ from consumers.store import claims, hot, lifecycle
 from consumers.store.connection import store_connection
 from consumers.store.types import Failure
 from tests.conftest import wait_until
-from tests.store.test_claims import Log, fetch, log, parked_count, unsent  # noqa: F401
+from tests.store.world import Log, fetch, parked_count, unsent  # noqa: F401
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

@@ -8,16 +8,9 @@ import pytest
 from consumers.models import Consumer
 from consumers.store import claims, counters, lifecycle
 from consumers.store.types import Failure
-from tests.store.test_claims import Log, fetch, receipts, take
+from tests.store.world import Log, fetch, receipts, take
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture
-def log() -> Any:
-    made = Log()
-    yield made
-    made.appender.close()
 
 
 def totals(subject: Any) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from consumers.models import Consumer
 from consumers.store import claims, lifecycle, rewinds
 from consumers.store.types import ColumnShape, Failure, LogRow, RelationShape
-from tests.store.test_claims import OID, Log, fetch, unsent
+from tests.store.world import OID, Log, fetch, unsent
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

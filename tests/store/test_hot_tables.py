@@ -11,7 +11,7 @@ import pytest
 from consumers.store import claims, hot
 from consumers.store.connection import store_connection
 from tests.conftest import wait_until
-from tests.store.test_claims import Log, fetch, keys, log, receipts, take  # noqa: F401
+from tests.store.world import Log, fetch, keys, receipts, take  # noqa: F401
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

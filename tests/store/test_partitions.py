@@ -13,18 +13,11 @@ from consumers.store import claims, lifecycle
 from consumers.store.connection import store_connection
 from consumers.store.partitions import AHEAD_IDS, MAINTENANCE_LOCK, PARTITION_IDS, PARTITION_LOCK, maintain
 from consumers.store.types import Failure
-from tests.store.test_claims import Log, fetch, keys, receipts, take
+from tests.store.world import Log, fetch, keys, receipts, take
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
 AT_ONCE = timedelta(microseconds=1)
-
-
-@pytest.fixture
-def log() -> Iterator[Log]:
-    made = Log()
-    yield made
-    made.appender.close()
 
 
 @pytest.fixture

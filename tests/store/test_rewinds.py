@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 from uuid import UUID
 
@@ -16,18 +15,11 @@ from consumers.store.partitions import maintain
 from consumers.store.rewinds import OutOfReach
 from consumers.store.types import Failure
 from tests.conftest import wait_until
-from tests.store.test_claims import Log, fetch, keys, receipts, take
+from tests.store.world import Log, fetch, keys, receipts, take
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
 AT_ONCE = timedelta(microseconds=1)
-
-
-@pytest.fixture
-def log() -> Iterator[Log]:
-    made = Log()
-    yield made
-    made.appender.close()
 
 
 def append(log: Log, *row_keys: int) -> list[int]:
