@@ -49,12 +49,13 @@ def renew(holder: UUID) -> dict[UUID, str]:
 
 
 def release(holder: UUID, consumers: Iterable[UUID] | None = None) -> None:
-    """Give turns up: these, or all."""
+    """Give turns up: these, or all. Other pumps hear of it and need not wait for their next look."""
     with connection.cursor() as cursor:
         if consumers is None:
             cursor.execute("DELETE FROM turns WHERE holder = %s", [holder])
         else:
             cursor.execute("DELETE FROM turns WHERE holder = %s AND consumer = ANY (%s)", [holder, list(consumers)])
+        cursor.execute("SELECT pg_notify('sequin_turns', '')")
 
 
 def shares() -> tuple[int, int]:

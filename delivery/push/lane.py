@@ -15,6 +15,7 @@ from consumers.store.types import ClaimedMessage
 from delivery.push import retry
 
 FIRST_WINDOW = 2
+AHEAD, MOST_AHEAD = 20, 200  # messages in hand: so many times what is in flight, while that is little
 PROBE_CHOICE = 20  # messages to choose a probe from, so that it need not be one that keeps failing
 
 
@@ -128,7 +129,10 @@ class Lane:
             return 0
         if self.endpoint.is_open:
             return 0 if self.pending or self.flights else PROBE_CHOICE
-        wanted = 2 * min(self.target.concurrency, max(self.window, FIRST_WINDOW)) * self.target.batch_size
+        at_once = min(self.target.concurrency, max(self.window, FIRST_WINDOW)) * self.target.batch_size
+        wanted = 2 * at_once
+        if self.window >= self.target.concurrency:
+            wanted = max(wanted, min(AHEAD * at_once, MOST_AHEAD))  # all goes well: fewer, larger claims and acks
         held = len(self.pending) + sum(len(batch) for batch in self.flights.values())
         return wanted - held if held * 2 <= wanted else 0
 

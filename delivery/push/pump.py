@@ -48,12 +48,12 @@ ACKS_EVERY_S = 0.003
 ACKS_AT_ONCE = 200
 TRANSFORM_S = 5.0  # of one batch; what is not begun by then goes back
 TRANSFORMS = 256  # that run at once, one a consumer: a slow one holds up no other
-SMALLEST_CLAIM = 50  # messages under one lease, when batches are smaller
+SMALLEST_CLAIM = 100  # messages under one lease, when batches are smaller
 ATTEMPTS_EVERY_S = 0.25
 HEADER_CHARACTERS = 200  # kept of a header's value, for people
 MASK = "********"
 ATTEMPTS_A_ROUND = 200  # successes kept of one round, for people
-CHANNELS = ("sequin_log", "sequin_consumer", "sequin_config", "sequin_stop")
+CHANNELS = ("sequin_log", "sequin_consumer", "sequin_config", "sequin_turns", "sequin_stop")
 
 
 class Notice(NamedTuple):
@@ -371,6 +371,8 @@ class Pump:
     def _hear(self, notice: Notice) -> None:
         if notice.channel == "sequin_config":
             self._reconfigure()
+        elif notice.channel == "sequin_turns":
+            self._renewed_at = 0.0  # somebody gave turns up: take what is ours at once
         elif notice.channel == "sequin_stop":
             self._stopped = self._stopped or notice.payload == os.environ.get("SEQUIN_CLUSTER")
         else:

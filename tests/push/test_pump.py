@@ -417,7 +417,7 @@ def test_strange_notices_do_no_harm(log: Log, endpoint: Any, pump: Any) -> None:
     running = pump()
     wait_until(lambda: running._lanes, 10, "the turn")
     with connection.cursor() as cursor:
-        for channel in ("sequin_log", "sequin_consumer", "sequin_config", "sequin_stop"):
+        for channel in ("sequin_log", "sequin_consumer", "sequin_config", "sequin_turns", "sequin_stop"):
             for payload in ("", "junk", "{}", "[]", '{"source": 1}', "consumer:x"):
                 cursor.execute("SELECT pg_notify(%s, %s)", [channel, payload])
     log.append(log.row(1))
