@@ -40,6 +40,7 @@ class Chart(NamedTuple):
 def traffic(bins: Sequence[Bin], now: datetime, *, step: int, kinds: Sequence[str] = ("captured", "delivered", "failed")) -> Chart:
     """Messages a minute, over bins of `step` minutes. A minute that is not over would look like a fall: it is left out."""
     minutes = [step] * (len(bins) - 1) + [min(step, max(1, int((now - bins[-1].at).total_seconds() // 60)))] if bins else []
+    is_empty = not any(getattr(one, kind) for one in bins for kind in kinds)
     if step == 1:
         bins, minutes = bins[:-1], minutes[:-1]
     values = {kind: [getattr(one, kind) / size for one, size in zip(bins, minutes, strict=True)] for kind in kinds}
@@ -50,7 +51,7 @@ def traffic(bins: Sequence[Bin], now: datetime, *, step: int, kinds: Sequence[st
         for number, one in enumerate(bins)
     ]
     ticks = [_short(top), _short(top / 2), "0"]
-    return Chart(len(bins), lines, ticks, _times(bins), columns, "messages a minute", not any(any(line) for line in values.values()))
+    return Chart(len(bins), lines, ticks, _times(bins), columns, "messages a minute", is_empty)
 
 
 def sparkline(values: Sequence[float]) -> Line:

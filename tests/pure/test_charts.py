@@ -27,6 +27,7 @@ def test_a_minute_that_is_not_over_is_left_out_and_longer_steps_are_averaged() -
     day = charts.traffic(bins(100, 30, step=10), NOON + timedelta(minutes=13), step=10, kinds=("captured",))
     assert day.ticks[0] == "10" and day.lines[0].path == "M0.5,0.00 L1.5,0.00"
     assert charts.traffic(bins(0, 0, 0), NOON, step=1).empty
+    assert not charts.traffic(bins(0, 0, 1), NOON, step=1).empty, "the first message of all has come a moment ago"
 
 
 @pytest.mark.parametrize(
