@@ -140,7 +140,10 @@ def test_every_kind_of_key(source_database: SourceDatabase, make_source: Any, ma
     source_database.execute('CREATE SCHEMA "o.d"')
     source_database.execute("CREATE TYPE \"o.d\".animal AS ENUM ('zebra', 'middle one', 'ape'); CREATE TYPE \"o.d\".pair AS (a int, b text);"
                             'CREATE DOMAIN "o.d".label AS text')  # fmt: skip
-    collation = "pg_unicode_fast" if source_database.version >= 18 else "en-x-icu"
+    [(collation,)] = source_database.execute(
+        "SELECT collname FROM pg_collation WHERE collname = ANY (%(known)s) ORDER BY array_position(%(known)s, collname::text) LIMIT 1",
+        {"known": ["pg_unicode_fast", "en-x-icu", "C.utf8", "POSIX"]},
+    )
     named = {"enum": '"o.d".animal', "pair": '"o.d".pair', "domain": '"o.d".label', "citext": "odd.citext", "collation": collation}
     source_database.execute(f"CREATE TABLE t ({columns.format(**named)}, filler text DEFAULT 'f')")
     inserted = ", ".join(row[0] for row in source_database.execute(
