@@ -301,6 +301,10 @@ class Pump:
     def _transport_is_idle(self) -> bool:
         return not any(lane.flights for lane in self._lanes.values())
 
+    def _awaits_answers(self) -> bool:
+        """A probe of an endpoint that has failed again and again is not waited for: it would hold up all the others."""
+        return any(lane.flights and not lane.endpoint.is_open for lane in self._lanes.values())
+
     def _until_due(self, longest: float) -> float:
         now = time.monotonic()
         due = [lane.look_at - now for lane in self._lanes.values() if lane.look_at]
@@ -456,7 +460,7 @@ class Pump:
             # What is in flight may be answered in a moment; given back, it would be sent twice.
             deadline = time.monotonic() + LAST_ANSWERS_S
             self._take_in(0.0)
-            while not self._transport_is_idle() and (left := deadline - time.monotonic()) > 0:
+            while self._awaits_answers() and (left := deadline - time.monotonic()) > 0:
                 self._take_in(min(left, TICK_S))
                 self._hold_on(time.monotonic())
             self._acknowledge()

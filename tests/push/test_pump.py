@@ -16,6 +16,7 @@ from standardwebhooks import Webhook
 from consumers import changes
 from consumers.models import Consumer, HttpEndpoint
 from consumers.store import lifecycle
+from delivery.push import retry
 from delivery.push.pump import Pump
 from tests.conftest import ROOT, process_environment, wait_until
 from tests.push.endpoint import Endpoint, Got, status
@@ -349,6 +350,30 @@ def test_the_end_of_a_slice_cuts_no_slow_answer_off(log: Log, endpoint: Any) -> 
     assert not thread.is_alive()
     delivered(slow, 1)
     assert where.ids.count(1) == 1
+
+
+def test_a_probe_that_hangs_holds_up_no_end_of_a_slice(log: Log, endpoint: Any, pump: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("delivery.push.pump.LAST_ANSWERS_S", 60.0)
+    where, quick = endpoint(), endpoint()
+    release = threading.Event()
+
+    def answer(got: Got, handler: Any) -> None:
+        if len(where.got) > retry.FAILURES_TO_OPEN:
+            release.wait(60)
+        status(503)(got, handler)
+
+    where.answer = answer
+    push_to(log, where, timeout_ms=60_000, concurrency=1)
+    other = push_to(log, quick)
+    log.append(*[log.row(key) for key in range(10)])
+    made = pump()
+    try:
+        wait_until(lambda: len(where.got) > retry.FAILURES_TO_OPEN, 20, "the probe of an open breaker")
+        delivered(other, 10)
+        made._stopped = True
+        wait_until(lambda: turns_of(made) == 0, 10, "the turns, the healthy one's too, to be given up")
+    finally:
+        release.set()
 
 
 def test_pausing_lets_what_is_in_flight_be_answered(log: Log, endpoint: Any, pump: Any) -> None:
