@@ -12,7 +12,6 @@ import argparse
 import http.client
 import json
 import sys
-import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.latency import PULL, WAIT_S, processes, pull, write  # noqa: E402
+from bench._installations import temporary  # noqa: E402
 from tests.installation import Installation  # noqa: E402
 
 TAKER = "taker"
@@ -199,11 +199,7 @@ def main() -> None:
     for name, default in (("--rows", 300_000), ("--rate", 100.0), ("--rounds", 3), ("--seconds", 15.0)):
         parser.add_argument(name, type=type(default), default=default)
     options = parser.parse_args()
-    base = Path(tempfile.mkdtemp(prefix="sequin-bench-"))
-    base.chmod(0o711)
-    installation = Installation(base / "home")
-    installation.start()
-    try:
+    with temporary() as installation:
         bench = Bench(installation, options)
         bench.prepare()
         for number in range(options.rounds):
@@ -214,8 +210,6 @@ def main() -> None:
                 bench.phase("beside a backfill that a client takes", bench.backfill_taken)
                 bench.phase("beside the same client, rewound", bench.rewind_taken)
         bench.report()
-    finally:
-        installation.stop()
 
 
 if __name__ == "__main__":

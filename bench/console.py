@@ -11,7 +11,6 @@ import argparse
 import re
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import requests
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.installation import Installation  # noqa: E402
+from bench._installations import temporary  # noqa: E402
 
 PASSWORD = "console-password"
 ROUNDS = 7
@@ -130,11 +129,7 @@ def main() -> None:
     parser.add_argument("--messages", type=int, default=10_000_000)
     parser.add_argument("--consumers", type=int, default=200)
     options = parser.parse_args()
-    base = Path(tempfile.mkdtemp(prefix="sequin-bench-"))
-    base.chmod(0o711)
-    installation = Installation(base / "home", "--no-playground", SEQUIN_ADMIN_PASSWORD=PASSWORD)
-    installation.start()
-    try:
+    with temporary("--no-playground", SEQUIN_ADMIN_PASSWORD=PASSWORD) as installation:
         with installation.store() as conn:
             consumers = fill(conn, options.messages, options.consumers)
         session = log_in(installation.url)
@@ -147,8 +142,6 @@ def main() -> None:
         paths += [f"/admin/consumers/{model}/" for model in ("consumer", "message", "parked", "attempt")]
         for path in [*paths, "/metrics", "/health"]:
             measure(session, installation.url, path)
-    finally:
-        installation.stop()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["SEQUIN_WORKERS"] = "2"
 
-from tests.installation import Installation  # noqa: E402
+from bench._installations import temporary  # noqa: E402
 
 CONSUMERS, HANGING = 10, 3
 
@@ -53,12 +52,8 @@ def serve(arrived: dict[int, float], hangs: bool) -> str:
 
 
 def measure(hanging: int, rate: float, seconds: float) -> None:
-    base = Path(tempfile.mkdtemp(prefix="sequin-bench-"))
-    base.chmod(0o711)
-    installation = Installation(base / "home")
-    installation.start()
-    arrivals: list[dict[int, float]] = [{} for _ in range(CONSUMERS)]
-    try:
+    with temporary() as installation:
+        arrivals: list[dict[int, float]] = [{} for _ in range(CONSUMERS)]
         with installation.source() as conn:
             conn.execute("CREATE TABLE shared (id int PRIMARY KEY)")
         for number, arrived in enumerate(arrivals):
@@ -86,8 +81,6 @@ def measure(hanging: int, rate: float, seconds: float) -> None:
         picks = ", ".join(f"{name} {took[min(len(took) - 1, int(len(took) * share))]:.0f}" for name, share in
                           (("median", 0.5), ("p99", 0.99), ("max", 1.0)))  # fmt: skip
         print(f"{hanging} of {CONSUMERS} hanging: {len(took)} of {len(sent) * len(healthy)} arrived at the others; ms: {picks}", flush=True)
-    finally:
-        installation.stop()
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.push import sink  # noqa: E402
+from bench._installations import temporary  # noqa: E402
 from tests.installation import Installation  # noqa: E402
 
 PULL, PUSH = "latency-pull", "latency-push"
@@ -142,13 +142,9 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[200.0, 1000.0, 3000.0])
     parser.add_argument("--seconds", type=float, default=8.0)
     options = parser.parse_args()
-    base = Path(tempfile.mkdtemp(prefix="sequin-bench-"))
-    base.chmod(0o711)
-    installation = Installation(base / "home")
-    installation.start()
-    log = base / "pushed"
-    with sink(noting(log)) as port:
-        try:
+    with temporary() as installation:
+        log = installation.home.parent / "pushed"
+        with sink(noting(log)) as port:
             with installation.source() as conn:
                 conn.execute("CREATE TABLE latency (id int PRIMARY KEY, note text)")
             installation.call("POST", "/api/http_endpoints", {"name": "latency", "url": f"http://127.0.0.1:{port}/"})
@@ -159,8 +155,6 @@ def main() -> None:
             for rate in options.rates:
                 measure(installation, rate, options.seconds, log)
             peaks(installation)
-        finally:
-            installation.stop()
 
 
 if __name__ == "__main__":

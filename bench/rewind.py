@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -21,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.push import sink  # noqa: E402
+from bench._installations import temporary  # noqa: E402
 from tests.installation import Installation  # noqa: E402
 
 PIECE = 50_000  # rows a transaction
@@ -32,13 +32,9 @@ def main() -> None:
     parser.add_argument("--messages", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    base = Path(tempfile.mkdtemp(prefix="sequin-bench-"))
-    base.chmod(0o711)
-    installation = Installation(base / "home")
-    installation.start()
-    first_push = base / "pushed"
-    with sink(lambda body: first_push.exists() or first_push.write_text(str(time.time()))) as port:
-        try:
+    with temporary() as installation:
+        first_push = installation.home.parent / "pushed"
+        with sink(lambda body: first_push.exists() or first_push.write_text(str(time.time()))) as port:
             call(installation, "POST", "/api/http_endpoints", {"name": "sink", "url": f"http://127.0.0.1:{port}/"})
             prepare(installation, options.messages)
             points = points_of(installation)
@@ -50,8 +46,6 @@ def main() -> None:
             print(f"rewinds of {options.messages} messages, ms from the POST to the first message, {options.rounds} rounds")
             for (kind, name), each in took.items():
                 print(f"  {kind}, to {name}: median {sorted(each)[len(each) // 2]:.0f}, most {max(each):.0f}")
-        finally:
-            installation.stop()
 
 
 def prepare(installation: Installation, messages: int) -> None:

@@ -15,7 +15,7 @@ from capture.encoder import text_to_json
 from consumers import changes
 from consumers.models import Source
 from consumers.source_connection import conninfo
-from tests.capture.world import await_messages, events, logged, read_until, reading
+from tests.capture.world import ENCODINGS, await_messages, events, logged, read_until, reading
 from tests.conftest import SourceDatabase, _drop_slots, database_on
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -276,15 +276,7 @@ def send(conn: psycopg.Connection[Any], *statements: bytes) -> None:
 
 
 @pytest.mark.parametrize("source_server", ["18"], indirect=True)
-@pytest.mark.parametrize(
-    ("encoding", "stored", "expected"),
-    [
-        ("LATIN1", b"caf\xe9", "café"),
-        ("SQL_ASCII", "café ✓ ".encode() + b"\xff", r"café ✓ \xff"),
-        ("WIN1252", b"caf\xe9\x80 \x81", r"café€ \x81"),  # 0x81 means nothing there: the server refuses to convert it
-        ("EUC_JP", b"\xc6\xfc \x8f\xa2\xa1", r"日 \x8f◆"),  # one character of three bytes, which has no equivalent
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("encoding", "stored", "expected"), ENCODINGS)
 def test_databases_in_other_encodings(
     source_server: Any, transactional_db: None, encoding: str, stored: bytes, expected: str
 ) -> None:

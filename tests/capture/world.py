@@ -21,6 +21,15 @@ from consumers.store.appender import Appender
 from tests.conftest import wait_until
 
 
+# A database's encoding, a text as it is stored there, and as it arrives.
+ENCODINGS = [
+    ("LATIN1", b"caf\xe9", "café"),
+    ("SQL_ASCII", "café ✓ ".encode() + b"\xff", r"café ✓ \xff"),
+    ("WIN1252", b"caf\xe9\x80 \x81", r"café€ \x81"),  # 0x81 means nothing there: the server refuses to convert it
+    ("EUC_JP", b"\xc6\xfc \x8f\xa2\xa1", r"日 \x8f◆"),  # one character of three bytes, which has no equivalent
+]
+
+
 class Logged(NamedTuple):
     table: str
     action: str
