@@ -297,5 +297,3 @@ class Turn:
 
     def _said(self, error: BaseException) -> str:
         return str(error) if isinstance(error, SourceUnreachable) else reason_of(error, self._pages.source if self._pages else None)
-
-

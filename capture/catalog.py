@@ -9,9 +9,9 @@ from typing import Any
 import psycopg
 
 from capture.encoder import ArrayOf, Kind
-from consumers.encodings import codec_of, readable
 from capture.pgoutput import Type
 from capture.shapes import Now
+from consumers.encodings import codec_of, readable
 from consumers.source_types import ValueTypes
 
 # Built-in types that are not text in JSON. Source: pg_type.dat; to_json's categories in src/backend/utils/adt/json.c.

@@ -22,9 +22,9 @@ from psycopg import pq
 from capture import page_sql, surroundings
 from capture.catalog import Catalog
 from capture.encoder import EncodedRow
-from consumers.encodings import SQL_ASCII, codec_of
 from capture.page_sql import NULL, Bounds
 from capture.published import Part, Published, look, parts_of
+from consumers.encodings import SQL_ASCII, codec_of
 from consumers.models import Source
 from consumers.source_connection import SourceUnreachable, conninfo, connect, cut_after, reason_of
 from consumers.store.backfill_work import Snapshot
@@ -48,7 +48,6 @@ FILES = (
 FILES_SEEN, FILES_NOW = b"c.relfilenode::text", b"pg_relation_filenode(c.oid)::text"
 _ESCAPE = re.compile(rb"\\(.)", re.DOTALL)
 _ESCAPES = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
-
 
 Condition = Callable[[Published], str | None]
 

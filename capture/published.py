@@ -8,10 +8,10 @@ import psycopg
 
 from capture.catalog import Catalog
 from capture.encoder import RowEncoder
-from consumers.encodings import SQL_ASCII, UTF8, codec_of, readable
 from capture.page_sql import SortColumn, TableSql
 from capture.pgoutput import Relation, RelationColumn
 from capture.tables import described
+from consumers.encodings import SQL_ASCII, UTF8, codec_of, readable
 from consumers.store.types import RelationShape
 
 CTID = SortColumn(b"ctid", b"tid", True)

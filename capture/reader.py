@@ -14,12 +14,12 @@ import psycopg
 
 from capture import history, membership, surroundings
 from capture.catalog import Catalog
-from consumers.encodings import SQL_ASCII, UTF8, codec_of
 from capture.lsn import format_lsn
 from capture.stream import ReplicationStream, SlotActive, StreamEnded, Untranslatable
 from capture.surroundings import Slot
 from capture.tables import Tables
 from capture.transactions import Diverged, Transactions
+from consumers.encodings import SQL_ASCII, UTF8, codec_of
 from consumers.models import Source
 from consumers.preflight_tables import complaints
 from consumers.source_connection import APPLICATION_NAME, conninfo, connect, cut_after

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from consumers.encodings import codec_of, readable
 from capture.membership import Member, Publication, Seen
+from consumers.encodings import codec_of, readable
 from consumers.hosting import readable_bytes, setting_bytes
 from consumers.models import Source
 from consumers.preflight import PLUGIN, RETAINED_ALARM_BYTES

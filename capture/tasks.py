@@ -12,6 +12,7 @@ from django.db import DatabaseError, connection
 from capture.backfilling import step
 from consumers.parent import die_with_parent
 from consumers.store import lifecycle
+from consumers.store.connection import why_away
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def replay() -> None:
         while time.monotonic() < end and os.getppid() == parent and step(alive=_beat):
             pass
     except (psycopg.Error, DatabaseError) as error:
-        log.warning("a step of a backfill lost the store: %s", " ".join(str(error).split())[:200])
+        log.warning("a step of a backfill lost the store: %s", why_away(error))
     finally:
         connection.close()
 

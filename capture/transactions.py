@@ -17,7 +17,7 @@ from consumers.store.appender import Appender
 from consumers.store.types import LogRow, Progress, Proof
 
 OPEN_TABLE = struct.Struct("!I").unpack_from
-INSERT, UPDATE, DELETE, BEGIN, COMMIT, RELATION, TRUNCATE, MESSAGE, TYPE = b"IUDBCRTMY"
+INSERT, UPDATE, DELETE, COMMIT = b"IUDC"
 ANNOTATE = "sequin:transaction_annotations."
 ALL_OF_IT = 1 << 62  # changes; more than a transaction can have
 

@@ -19,7 +19,6 @@ from consumers.routing import told
 from consumers.source_connection import connect, reason_of
 from consumers.source_tables import read_shapes
 
-
 QUIET_TRIES, QUIET_PAUSE_S = 5, 0.01
 COUNT_WITHIN_MS = 5_000
 

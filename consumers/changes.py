@@ -14,8 +14,9 @@ from django.db import transaction
 
 from consumers import audit
 from consumers.backfill_rules import inspect, look_at_beginning, tables_to_backfill
+from consumers.fields import MASK
 from consumers.models import Backfill, Consumer, HttpEndpoint, Source, groups_in_use
-from consumers.publishing import demand_publication, publish_tables
+from consumers.publishing import as_validation, demand_publication, publish_tables
 from consumers.routing import check_groups, check_where
 from consumers.source_connection import SourceUnreachable, reason_of
 from consumers.source_setup import (
@@ -104,10 +105,8 @@ def prepare(source: Source) -> Prepared | None:
         return None
     try:
         return prepare_source(source)
-    except SourceUnreachable as error:
-        raise ValidationError({"host": f"{error}"}) from None
-    except SetupRefused as error:
-        raise ValidationError({error.field: error.reason}) from None
+    except (SourceUnreachable, SetupRefused) as error:
+        raise as_validation(error, "host") from None
     except psycopg.Error as error:
         raise ValidationError({"host": " ".join(str(error).split())}) from None
 
@@ -130,10 +129,8 @@ def recover(source: Source) -> None:
         source.slot_created = source.slot_created or made.slot_created
         if made.publication_created:
             publish_tables(source, tables)
-    except SourceUnreachable as error:
-        raise ValidationError({"host": f"{error}"}) from None
-    except SetupRefused as error:
-        raise ValidationError({error.field: error.reason}) from None
+    except (SourceUnreachable, SetupRefused) as error:
+        raise as_validation(error, "host") from None
     except psycopg.Error as error:
         raise ValidationError({"host": reason_of(error, source)}) from None
     with transaction.atomic():
@@ -224,7 +221,7 @@ def _record(thing: Source | HttpEndpoint | Consumer, count: int | None = None) -
     """Before it is saved: what is new or different, secrets by name only."""
     before = type(thing).objects.filter(pk=thing.pk).first()
     told = {
-        field.name: "********" if field.name in SECRET_FIELDS else _told(field.value_from_object(thing))
+        field.name: MASK if field.name in SECRET_FIELDS else _told(field.value_from_object(thing))
         for field in thing._meta.fields
         if field.name not in UNTOLD_FIELDS
         and (before is None or field.value_from_object(before) != field.value_from_object(thing))
@@ -268,10 +265,8 @@ def _begin_backfill(backfill: Backfill) -> None:
         barrier = inspect(
             source, backfill.table, where=backfill.where, sort_column=backfill.sort_column, start_value=backfill.start_value
         )
-    except SourceUnreachable as error:
-        raise ValidationError({"consumer": f"{error}"}) from None
-    except SetupRefused as error:
-        raise ValidationError({error.field: error.reason}) from None
+    except (SourceUnreachable, SetupRefused) as error:
+        raise as_validation(error, "consumer") from None
     with transaction.atomic():
         audit.record("begin backfill", backfill.consumer, backfill=backfill.pk, table=backfill.table, where=backfill.where)
         backfills.begin(
@@ -284,10 +279,8 @@ def _begin_backfill(backfill: Backfill) -> None:
 def _publish(consumer: Consumer) -> None:
     try:
         publish_tables(consumer.source, consumer.tables)
-    except SourceUnreachable as error:
-        raise ValidationError({"source": f"{error}"}) from None
-    except SetupRefused as error:
-        raise ValidationError({error.field: error.reason}) from None
+    except (SourceUnreachable, SetupRefused) as error:
+        raise as_validation(error, "source") from None
     except psycopg.Error as error:
         raise ValidationError({"tables": reason_of(error, consumer.source)}) from None
 

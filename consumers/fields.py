@@ -9,6 +9,8 @@ from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from django.conf import settings
 from django.db import models
 
+MASK = "********"  # what is shown of a secret
+
 
 class UndecryptableSecret(Exception):
     """None of ENCRYPTION_KEYS decrypts a stored secret."""
@@ -64,4 +66,4 @@ class EncryptedJSONField(models.TextField):  # type: ignore[type-arg]
         return value
 
     def value_to_string(self, obj: Any) -> str:
-        return "********"
+        return MASK

@@ -81,10 +81,7 @@ def _check_old_values(
 ) -> Iterator[Finding]:
     """Tables whose replica identity does not give what a consumer's `where` compares with."""
     asking = [consumer for consumer in consumers if consumer.where and parse(consumer.where).asks_for_old_values]
-    wanted = [
-        table for table in tables
-        if any(not c.tables or table in c.tables or table.split(".", 1)[0] + ".*" in c.tables for c in asking)
-    ]  # fmt: skip
+    wanted = [table for table in tables if any(consumer.takes(table) for consumer in asking)]
     for table in without_full_identity(conn, wanted):
         mend = full_identity_sql(conn, source.publication_name, table)
         yield Finding(

@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import psycopg
+from django.core.exceptions import ValidationError
 from psycopg import sql
 
 from consumers.models import Source
 from consumers.publication import identity_problems, missing, publication_exists, publishes_via_root, qualified, via_root_sql
-from consumers.source_connection import connect, reason_of
+from consumers.source_connection import SourceUnreachable, connect, reason_of
 
 WRITERS_WITHIN_S = 30.0
 LOOK_EVERY_S = 0.1
@@ -22,6 +23,11 @@ class SetupRefused(Exception):
     def __init__(self, field: str, reason: str) -> None:
         self.field, self.reason = field, reason
         super().__init__(reason)
+
+
+def as_validation(error: SourceUnreachable | SetupRefused, unreachable: str) -> ValidationError:
+    """The error of a field: of `unreachable` when the source does not answer."""
+    return ValidationError({error.field: error.reason} if isinstance(error, SetupRefused) else {unreachable: str(error)})
 
 
 class WriterRow(NamedTuple):

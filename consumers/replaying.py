@@ -16,12 +16,12 @@ from consumers.filters import checking
 from consumers.filters.column_types import table_of
 from consumers.filters.grammar import Refused, parse
 from consumers.models import Backfill, Consumer
-from consumers.publishing import SetupRefused
+from consumers.publishing import SetupRefused, as_validation
 from consumers.routing import told
 from consumers.source_connection import SourceUnreachable
 from consumers.store import backfills, rewinds
 from consumers.store.rewinds import Rewound
-from consumers.store.types import ColumnShape, RelationShape
+from consumers.store.types import stored_shape
 
 SAMPLE = 10
 _SHAPES_SQL = """
@@ -95,7 +95,7 @@ def republish_from_table(consumer: Consumer, where: str, table: str | None) -> B
     try:
         found = [(name, inspect(consumer.source, name, where=where)) for name in _tables(consumer, table)]
     except (SourceUnreachable, SetupRefused) as error:
-        raise _refusal(error) from None
+        raise as_validation(error, "consumer") from None
     with transaction.atomic():
         for name, barrier in found:
             begun.backfills.append(uuid4())
@@ -130,7 +130,7 @@ def look_in_tables(consumer: Consumer, where: str, table: str | None) -> Looked:
             is_exact = is_exact and rows.is_exact
             sample += rows.sample
     except (SourceUnreachable, SetupRefused) as error:
-        raise _refusal(error) from None
+        raise as_validation(error, "consumer") from None
     return Looked(total, is_exact, sample)
 
 
@@ -154,16 +154,10 @@ def _check_in_log(consumer: Consumer, where: str, table: str | None) -> None:
     if not where:
         return
     tables = [
-        table_of(connection.connection, RelationShape(oid, schema, name, tuple(ColumnShape(**c) for c in json.loads(columns)), tuple(key), identity))
+        table_of(connection.connection, stored_shape(oid, schema, name, json.loads(columns), key, identity))
         for oid, schema, name, columns, key, identity in rows
     ]
     try:
         checking.check(parse(where), tables)
     except Refused as refused:
         raise ValidationError({"where": told(refused, where)}) from None
-
-
-def _refusal(error: SourceUnreachable | SetupRefused) -> ValidationError:
-    if isinstance(error, SetupRefused):
-        return ValidationError({error.field: error.reason})
-    return ValidationError({"consumer": str(error)})

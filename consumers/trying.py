@@ -26,7 +26,7 @@ from consumers.models import Consumer
 from consumers.routing import check_where, clean_transform, clean_where
 from consumers.source_connection import connect
 from consumers.source_tables import read_shapes
-from consumers.store.types import ACTIONS, ClaimedMessage, ColumnShape, RelationShape
+from consumers.store.types import ACTIONS, ClaimedMessage, RelationShape, stored_shape
 
 MOST = 100
 LOOK_BACK = 100_000  # messages of the log, for recent ones
@@ -134,7 +134,7 @@ def _sample(row: tuple[Any, ...], to: Addressing) -> Sample:
         number, 1, 0, None, None, ACTIONS[action], schema, table, record, changes, key, lsn, index, at, epoch, unchanged, known,
         notes, source, backfill,
     )  # fmt: skip
-    shape = _shape(oid, schema, table, columns, primary_key, identity)
+    shape = stored_shape(oid, schema, table, json.loads(columns), primary_key, identity)
     unsure = message._replace(where_undecided=True)
     return Sample(
         message.action, record, changes, metadata(message, to), render(message, to), known, shape, (metadata(unsure, to), render(unsure, to))
@@ -248,13 +248,10 @@ def _shape_of(consumer: Consumer, about: dict[str, Any], number: int) -> Relatio
         cursor.execute(_SHAPE_SQL, [consumer.source_id, schema, table])
         row = cursor.fetchone()
     if row is not None:
-        return _shape(*row)
+        oid, schema, table, columns, primary_key, identity = row
+        return stored_shape(oid, schema, table, json.loads(columns), primary_key, identity)
     with connect(consumer.source) as conn:
         found = read_shapes(conn, consumer.source.publication_name, [named])
     if not found:
         raise ValidationError({"messages": f"message {number}: there is no table {named} in {consumer.source.database}"})
     return found[0]
-
-
-def _shape(oid: int, schema: str, table: str, columns: str, primary_key: list[str], identity: str) -> RelationShape:
-    return RelationShape(oid, schema, table, tuple(ColumnShape(**column) for column in json.loads(columns)), tuple(primary_key), identity)

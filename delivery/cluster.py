@@ -194,7 +194,6 @@ class Watcher:
                         push_at = now + LOOK_EVERY_S
                         self._push.look(now)
                     if now >= replay_at:
-                        replay_at = now + LOOK_EVERY_S
                         replay_at = now + self._replay.look(now)
                 except (DatabaseError, OSError, RedisError) as error:
                     log.warning("the store or the broker is away: %s", why_away(error))

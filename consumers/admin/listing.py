@@ -15,6 +15,7 @@ from django.db.utils import OperationalError
 
 from consumers.admin import judging
 from consumers.models import Consumer
+from consumers.store import types
 from consumers.store.models import RelationVersion
 from consumers.store.types import ACTIONS
 
@@ -209,7 +210,7 @@ def _key(text: str) -> str:
 
 def key_text(key: str) -> str:
     """The key as capture writes it."""
-    return json.dumps(key_values(key), ensure_ascii=False, separators=(",", ":"))
+    return types.key_text(key_values(key))
 
 
 def key_values(key: str) -> list[str]:

@@ -19,6 +19,7 @@ from consumers.admin.listing import Standing
 from consumers.admin.pages import OPERATE, VIEW, needs, page
 from consumers.api.message_log import ListedMessage
 from consumers.envelope import idempotency_key
+from consumers.fields import MASK
 from consumers.models import Consumer
 from consumers.source_connection import SourceUnreachable
 from consumers.store.models import Attempt
@@ -27,7 +28,6 @@ from consumers.trying import Tried
 
 ATTEMPTS_SHOWN = 50
 FRESH_S = 20
-MASK = "********"
 _MESSAGE_SQL = """
     SELECT m.id, 'passed', NULL, 0, NULL, NULL, NULL, m.action::text, r.schema_name, r.table_name, m.record, m.changes, m.key,
            m.commit_lsn, m.commit_idx, to_char(m.committed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch,

@@ -1,7 +1,6 @@
 """Deliver again, from the console: rewind, backfill, republish; what would come is shown before it begins, and how far it is."""
 from __future__ import annotations
 
-import re
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -25,7 +24,6 @@ from consumers.store.rewinds import OutOfReach
 SHOWN = 20
 COUNTED = 10_000
 SAMPLE = 5
-LSN = re.compile(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}")
 
 
 def context(consumer: Consumer) -> dict[str, Any]:
@@ -202,7 +200,7 @@ def _point(consumer: Consumer, request: HttpRequest) -> tuple[int, str, Any]:
         return rewinds.before_time(consumer.pk, consumer.source_id, moment), f"{moment:%Y-%m-%d %H:%M:%S} UTC", {"time": moment}
     if kind == "lsn":
         lsn = given.get("lsn", "").strip()
-        if not LSN.fullmatch(lsn):
+        if not rewinds.LSN.fullmatch(lsn):
             raise ValidationError('Expected an LSN such as "0/1A2B".')
         return rewinds.before_lsn(consumer.pk, consumer.source_id, lsn), f"LSN {lsn}", {"lsn": lsn}
     if kind != "row":

@@ -24,6 +24,7 @@ from consumers.api.message_log import STATES, ListedMessage
 from consumers.envelope import addressing, render
 from consumers.models import Consumer
 from consumers.store import lifecycle
+from consumers.store.types import key_text
 
 MAX_IDS = 10_000
 MAX_ID = 2**63 - 1
@@ -138,7 +139,7 @@ def row_key(name: str, values: Any) -> str:
     """A row's key as capture writes it."""
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise BadParameter(f"{name}: expected a list of texts, got {values!r}")
-    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+    text = key_text(values)
     try:
         text.encode()
     except UnicodeEncodeError:

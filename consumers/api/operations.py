@@ -1,7 +1,6 @@
 """What is done to sources and consumers besides configuring them: check, tables, pause, resume."""
 from __future__ import annotations
 
-
 from drf_spectacular.utils import extend_schema, inline_serializer
 from rest_framework import serializers
 from rest_framework.request import Request

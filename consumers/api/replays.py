@@ -1,7 +1,6 @@
 """Deliver again: rewind a consumer to a row, a time, an LSN or the beginning; republish what matches."""
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from django.core.exceptions import ValidationError
@@ -190,7 +189,7 @@ def _table_of(consumer: Consumer, to: Any) -> str | None:
 
 
 def _lsn(text: Any) -> str:
-    if not isinstance(text, str) or not re.fullmatch(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}", text):
+    if not isinstance(text, str) or not rewinds.LSN.fullmatch(text):
         raise BadParameter(f'to.lsn: expected an LSN such as "0/1A2B", got {text!r}')
     return text
 

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 from rest_framework import serializers
 
 from consumers.api.lookup import by_name_or_id
+from consumers.fields import MASK
 from consumers.models import Consumer, HttpEndpoint, Source
 
-MASK = "********"
 
 
 class Text(serializers.CharField):

@@ -17,7 +17,7 @@ from consumers.filters.column_types import table_of
 from consumers.filters.grammar import Condition, Refused, parse
 from consumers.filters.rewriting import fit
 from consumers.filters.statements import PASSES, UNFIT, UNHEARD_OF, Scope
-from consumers.store.types import ColumnShape, RelationShape
+from consumers.store.types import RelationShape, stored_shape
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +104,7 @@ class Plan:
             cursor.execute(_SHAPES_SQL, [relations])
             rows = cursor.fetchall()
             for number, oid, schema, table, columns, primary_key, identity in rows:
-                shape = RelationShape(
-                    oid, schema, table, tuple(ColumnShape(**column) for column in json.loads(columns)), tuple(primary_key), identity
-                )
+                shape = stored_shape(oid, schema, table, json.loads(columns), primary_key, identity)
                 self._judged[number] = self._judgement(number, shape)
         self._texts.clear()
 

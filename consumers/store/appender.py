@@ -19,7 +19,7 @@ from consumers.store.connection import held_connection
 from consumers.store.events import add_event
 from consumers.store.partitions import SEQUENCE_LOCK
 from consumers.store.room import Room
-from consumers.store.types import ColumnShape, LogRow, Progress, Proof, RelationShape, relation_digest
+from consumers.store.types import LogRow, Progress, Proof, RelationShape, relation_digest, stored_shape
 
 SOURCE_LOCK_CLASS = 0x5E9  # advisory: one reader per source
 
@@ -153,8 +153,7 @@ class Appender:
         ).fetchone()
         if row is None:
             return None
-        oid, schema, table, columns, primary_key, identity = row
-        return RelationShape(oid, schema, table, tuple(ColumnShape(**c) for c in columns), tuple(primary_key), identity)
+        return stored_shape(*row)
 
     def register_relation(self, epoch: int, shape: RelationShape) -> int:
         """The id of this shape of the table; the same shape has the same id."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 from uuid import UUID
 
-import psycopg
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
 
@@ -377,19 +377,12 @@ class BackfillWork:
         ).fetchone()
         return row or ("lost", 0, None)
 
-    def _patience(self) -> Any:
-        return _Patience(self._conn)
-
-
-class _Patience:
-    """A longer limit for a statement that holds no lock."""
-
-    def __init__(self, conn: psycopg.Connection[Any]) -> None:
-        self._conn = conn
-
-    def __enter__(self) -> None:
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """A longer limit for a statement that holds no lock."""
         self._conn.execute(f"SET statement_timeout = {LOOK_MS}")
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not self._conn.closed:
-            self._conn.execute(f"SET statement_timeout = {STATEMENT_MS}")
+        try:
+            yield
+        finally:
+            if not self._conn.closed:
+                self._conn.execute(f"SET statement_timeout = {STATEMENT_MS}")

@@ -4,7 +4,6 @@ The face of the store for the console, the management API and the watchers. Uses
 """
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from uuid import UUID
 from django.db import connection, transaction
 
 from consumers.store.events import add_event
-from consumers.store.types import Backlog
+from consumers.store.types import Backlog, key_text
 
 WAITING_LIMIT = 100_000  # a count beyond it says "at least"
 ERROR_CHARACTERS = 2_000
@@ -304,12 +303,10 @@ def _redrive(
     until: datetime | None = None,
     key: Sequence[str] | None = None,
 ) -> int:
-    # The key is compared as capture wrote it.
-    key_text = None if key is None else json.dumps(list(key), ensure_ascii=False, separators=(",", ":"))
     return int(
         _fetch(
             "SELECT sequin_redrive(%s, %s, %s::bigint[], %s, %s, %s, %s)",
-            [consumer_id, drop, None if ids is None else list(ids), state, since, until, key_text],
+            [consumer_id, drop, None if ids is None else list(ids), state, since, until, None if key is None else key_text(key)],
         )[0][0]
     )
 

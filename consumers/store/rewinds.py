@@ -4,7 +4,7 @@ The work is done by the functions of `replays.sql`. Uses Django's connection.
 """
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -12,8 +12,11 @@ from uuid import UUID, uuid4
 
 from django.db import connection
 
+from consumers.store import lifecycle
 from consumers.store.partitions import SEQUENCE_LOCK
+from consumers.store.types import key_text
 
+LSN = re.compile(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}")  # as people write it
 LOOKED_AT = 20_000  # messages; how many come after a longer way is estimated from so many
 
 
@@ -43,7 +46,7 @@ class Rewound(NamedTuple):
 
 def before_row(consumer_id: UUID, source_id: UUID, table: str, key: Sequence[str], *, last: bool = False) -> int:
     """The position in front of the oldest message of a row, or of the newest. Raises OutOfReach."""
-    text = json.dumps(list(key), ensure_ascii=False, separators=(",", ":"))
+    text = key_text(key)
     found = _value(
         "SELECT sequin_find_row(%s, %s, ARRAY(SELECT id FROM relation_version WHERE source = %s AND schema_name || '.' ||"
         " table_name = %s), %s, %s)",
@@ -129,9 +132,7 @@ def tables_of(consumer_id: UUID) -> list[str]:
 
 def _before(source_id: UUID, found: int | None) -> int:
     """The position in front of this message; without one, the end of the log."""
-    if found is not None:
-        return int(found) - 1
-    return int(_value("SELECT coalesce(max(id), 0) FROM messages WHERE source = %s", [source_id]))
+    return lifecycle.last_id(source_id) if found is None else int(found) - 1
 
 
 def _value(query: str, parameters: Any) -> Any:

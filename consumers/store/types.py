@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection, Iterable
 from datetime import datetime
-from typing import NamedTuple, NewType
+from typing import Any, NamedTuple, NewType
 from uuid import UUID
 
 Lsn = NewType("Lsn", int)
@@ -90,9 +91,19 @@ class RelationShape(NamedTuple):
     replica_identity: str
 
 
+def stored_shape(oid: int, schema: str, table: str, columns: Iterable[dict[str, Any]], primary_key: Iterable[str], identity: str) -> RelationShape:
+    """A row of relation_version as what it was made of."""
+    return RelationShape(oid, schema, table, tuple(ColumnShape(**column) for column in columns), tuple(primary_key), identity)
+
+
 def relation_digest(shape: RelationShape) -> str:
     """What tells two shapes of a table apart."""
     return hashlib.sha256(repr(shape).encode()).hexdigest()
+
+
+def key_text(values: Iterable[str]) -> str:
+    """A row's key as capture writes it."""
+    return json.dumps(list(values), ensure_ascii=False, separators=(",", ":"))
 
 
 class ClaimedMessage(NamedTuple):

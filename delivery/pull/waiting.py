@@ -23,7 +23,7 @@ from django.db import DatabaseError, close_old_connections, connection
 
 from consumers import tokens
 from consumers.api.errors import TooMany
-from consumers.store.connection import store_connection
+from consumers.store.connection import store_connection, why_away
 from consumers.store.hot import keep_small
 from consumers.store.interest import concerns
 from delivery.pull import directory
@@ -146,7 +146,7 @@ class WaitingRoom:
                     pause = 0.1
                     self._serve(conn)
             except (psycopg.Error, DatabaseError, OSError) as error:
-                log.warning("pull listener lost the store: %s", " ".join(str(error).split())[:200])
+                log.warning("pull listener lost the store: %s", why_away(error))
             except Exception:
                 # Without this thread nobody is woken: whatever it was, begin again.
                 log.exception("pull listener failed")

@@ -24,9 +24,10 @@ from django.db import DatabaseError, connection, transaction
 
 from consumers.backoff import delay_ms
 from consumers.envelope import addressing, idempotency_key, render
+from consumers.fields import MASK
 from consumers.models import Consumer
 from consumers.store import claims, lifecycle, turns
-from consumers.store.connection import store_connection
+from consumers.store.connection import store_connection, why_away
 from consumers.store.interest import concerns
 from consumers.store.lifecycle import Attempt
 from consumers.store.types import Failure
@@ -51,7 +52,6 @@ TRANSFORMS = 256  # that run at once, one a consumer: a slow one holds up no oth
 SMALLEST_CLAIM = 100  # messages under one lease, when batches are smaller
 ATTEMPTS_EVERY_S = 0.25
 HEADER_CHARACTERS = 200  # kept of a header's value, for people
-MASK = "********"
 ATTEMPTS_A_ROUND = 200  # successes kept of one round, for people
 CHANNELS = ("sequin_log", "sequin_consumer", "sequin_config", "sequin_turns", "sequin_stop")
 
@@ -436,7 +436,7 @@ class Pump:
                         for notice in conn.notifies(timeout=0.5, stop_after=1):
                             self._events.put(Notice(notice.channel, notice.payload))
             except (psycopg.Error, OSError) as error:
-                log.warning("push listener lost the store: %s", " ".join(str(error).split())[:200])
+                log.warning("push listener lost the store: %s", why_away(error))
                 time.sleep(0.5)
 
     def _wind_down(self) -> None:
