@@ -180,7 +180,7 @@ def pumped(url: str, batch: int, count: int) -> float:
 
     def acked() -> int:
         with connection.cursor() as cursor:
-            cursor.execute("SELECT acked_count FROM consumer_position WHERE consumer = %s", [consumer.pk])
+            cursor.execute("SELECT acked_count FROM consumer_standing WHERE consumer = %s", [consumer.pk])
             row = cursor.fetchone()
         return int(row[0]) if row else 0
 

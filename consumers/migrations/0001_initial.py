@@ -84,7 +84,7 @@ class Migration(migrations.Migration):
                 ('taken_at', models.DateTimeField(null=True)),
             ],
             options={
-                'db_table': 'consumer_position',
+                'db_table': 'consumer_standing',
                 'managed': False,
             },
         ),

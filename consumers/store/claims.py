@@ -19,6 +19,7 @@ from django.db import connection
 from consumers.backoff import HELD, delay_ms
 from consumers.filters.scouting import NONE_NEEDED, Scout, scouts
 from consumers.filters.statements import DROPS, UNDECIDED
+from consumers.store.prepared import Statement, array
 from consumers.store.types import ACTIONS, Claim, ClaimedMessage, Failure, Settled, part_failed
 
 SCAN_ROWS = 20_000  # looked at in one transaction, so that nobody waits long behind it
@@ -27,7 +28,9 @@ MAX_CLAIM_BYTES = 16 * 1024 * 1024  # of rows in one claim; a larger message com
 RECEIPT_BYTES = 24  # token 16, id 8
 _FROM_URL_SAFE = str.maketrans("-_", "+/")
 
-_CLAIM_SQL = "SELECT * FROM sequin_claim(%s, %s, %s, %s, %s, %s)"
+_CLAIM = Statement("claim", "SELECT * FROM sequin_claim($1, $2, $3, $4, $5, $6)")
+_ACK = Statement("ack", "SELECT * FROM sequin_ack($1, array_fill($2::uuid, ARRAY[cardinality($3::bigint[])]), $3::bigint[], $4)")
+_ACK_MANY = Statement("ack_many", "SELECT * FROM sequin_ack($1, $2::uuid[], $3::bigint[], $4)")
 _CLAIM_JUDGED_SQL = (
     "SELECT * FROM sequin_claim(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::bigint[],"
     " %s::bigint[], %s::bigint[])"
@@ -48,7 +51,7 @@ def claim(consumer_id: UUID, limit: int, *, lease_ms: int, holder: UUID | None =
         parameters: list[Any] = [consumer_id, limit, lease_ms, holder, SCAN_ROWS, MAX_CLAIM_BYTES]
         if scout is None:
             verdicts = NONE_NEEDED
-            rows = _fetch(_CLAIM_SQL, parameters)
+            rows = _CLAIM.rows([None if value is None else str(value).encode() for value in parameters])
         else:
             verdicts = scout.verdicts(limit, deadline)
             rows = _fetch(_CLAIM_JUDGED_SQL, [*parameters, *map(_parameter, verdicts[:-1])])
@@ -185,12 +188,12 @@ def _judged_again(
 
 def _acknowledge(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]], *, filtered: bool) -> Settled:
     tokens, ids = _columns(receipts, 2)
+    consumer, numbers, dropped = str(consumer_id).encode(), array(ids), b"t" if filtered else b"f"
     if tokens and tokens.count(tokens[0]) == len(tokens):
         # One claim's messages, as nearly always: its token is written once.
-        query = "SELECT * FROM sequin_ack(%s, array_fill(%s::uuid, ARRAY[%s::integer]), %s::bigint[], %s)"
-        rows = _fetch(query, [consumer_id, tokens[0], len(tokens), ids, filtered])
+        rows = _ACK.rows([consumer, str(tokens[0]).encode(), numbers, dropped])
     else:
-        rows = _fetch("SELECT * FROM sequin_ack(%s, %s::uuid[], %s::bigint[], %s)", [consumer_id, tokens, ids, filtered])
+        rows = _ACK_MANY.rows([consumer, array(tokens), numbers, dropped])
     return Settled(*rows[0])
 
 

@@ -30,7 +30,7 @@ _LOOK_SQL = """
            CASE WHEN w.n < %(exact)s THEN w.n ELSE greatest(w.n, ((l.last - p.position) * h.share)::bigint) END,
            NULL, CASE WHEN o.first IS NULL THEN 0 ELSE greatest(0, extract(epoch FROM now() - (
                SELECT m.committed_at FROM messages m WHERE m.source = p.source AND m.id = o.first))) END
-    FROM consumers_consumer c JOIN consumer_position p ON p.consumer = c.id
+    FROM consumers_consumer c JOIN consumer_standing p ON p.consumer = c.id
     CROSS JOIN LATERAL (SELECT count(*) AS n, min(x.id) AS first FROM (
         SELECT m.id FROM messages m WHERE m.source = p.source AND m.id > p.position AND c.status <> 'disabled'
         ORDER BY m.id LIMIT %(exact)s) x) w

@@ -76,7 +76,7 @@ def create_position_before(
 def drop_consumer(consumer_id: UUID) -> None:
     """Forget a consumer: its position, leases, parked messages, attempts, turn and backfills."""
     with transaction.atomic():
-        for table in ("consumer_position", "leases", "parked", "attempts", "turns", "backfills"):
+        for table in ("consumer_position", "leases", "parked", "released", "attempts", "turns", "backfills"):
             _execute(f"DELETE FROM {table} WHERE consumer = %s", [consumer_id])
         _execute("DELETE FROM backfill_chunks c WHERE NOT EXISTS (SELECT FROM backfills b WHERE b.id = c.backfill)")
 
@@ -92,7 +92,7 @@ def backlog(consumer_id: UUID, *, waiting_limit: int = WAITING_LIMIT) -> Backlog
     """Count a consumer's undelivered messages; those waiting in the log up to `waiting_limit`."""
     counts = _fetch(
         "SELECT p.out_count, p.dead_count, coalesce(r.retry, 0), coalesce(r.error, 0), p.parked_count"
-        " FROM consumer_position p LEFT JOIN LATERAL (SELECT count(*) FILTER (WHERE reason = 'retry') AS retry,"
+        " FROM consumer_standing p LEFT JOIN LATERAL (SELECT count(*) FILTER (WHERE reason = 'retry') AS retry,"
         " count(*) FILTER (WHERE reason = 'error') AS error FROM parked WHERE consumer = p.consumer AND reason <> 'dead'"
         " AND p.parked_count > 0) r ON true WHERE p.consumer = %s",
         [consumer_id],
@@ -130,7 +130,8 @@ WAITING_SQL = """
 
 def held(consumer_id: UUID) -> tuple[int, int]:
     """How many messages are out and parked; inside a transaction, and until it ends nothing more will be."""
-    rows = _fetch("SELECT out_count, parked_count FROM consumer_position WHERE consumer = %s FOR UPDATE", [consumer_id])
+    _lock(consumer_id)
+    rows = _fetch("SELECT out_count, parked_count FROM consumer_standing WHERE consumer = %s", [consumer_id])
     return rows[0] if rows else (0, 0)  # type: ignore[return-value]
 
 
@@ -138,11 +139,12 @@ def disable(consumer_id: UUID) -> None:
     """Drop what a consumer has out and parked. What comes is not collected until `enable`."""
     with transaction.atomic():
         _lock(consumer_id)
-        for table in ("leases", "parked"):
-            _execute(f"DELETE FROM {table} WHERE consumer = %s", [consumer_id])
+        _execute("DELETE FROM parked WHERE consumer = %s", [consumer_id])
         _execute(
-            "UPDATE consumer_position SET out_count = 0, parked_count = 0, dead_count = 0 WHERE consumer = %s",
-            [consumer_id],
+            "WITH gone AS (DELETE FROM leases WHERE consumer = %(consumer)s RETURNING cardinality(ids) AS n)"
+            " UPDATE consumer_position p SET out_count = 0, parked_count = 0, dead_count = 0,"
+            " acked_count = p.acked_count + p.out_count - (SELECT coalesce(sum(n), 0) FROM gone) WHERE consumer = %(consumer)s",
+            {"consumer": consumer_id},
         )
 
 

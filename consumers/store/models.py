@@ -179,7 +179,7 @@ class ConsumerPosition(models.Model):
     class Meta:
         app_label = "consumers"
         managed = False
-        db_table = "consumer_position"
+        db_table = "consumer_standing"
 
     def __str__(self) -> str:
         return str(self.position)

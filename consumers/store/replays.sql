@@ -118,6 +118,7 @@ declare
     v_first    record;
     v_grps     bigint[];
     v_returned integer;
+    v_out      integer;
     v_parked   bigint;
     v_dead     bigint;
 begin
@@ -146,7 +147,7 @@ begin
         from ended e, unnest(e.ids, e.grps, e.grp2s, e.counts) u(id, grp, grp2, count) where u.id <= p_to
         returning 1
     )
-    select count(*) into v_returned from returned;
+    select (select count(*) from returned), coalesce((select sum(cardinality(e.ids)) from ended e), 0) into v_returned, v_out;
     update parked p set lease_token = null where p.consumer = p_consumer and p.lease_token is not null;
 
     with gone as (
@@ -166,7 +167,7 @@ begin
     select m.commit_lsn, m.epoch into v_first from messages m
      where m.source = v_pos.source and m.id > p_to and m.consumer is null order by m.id limit 1;
     update consumer_position p
-       set version = v_pos.version + 1, position = p_to, out_count = 0, parked_count = p.parked_count + v_returned - v_parked,
+       set version = v_pos.version + 1, position = p_to, out_count = 0, acked_count = p.acked_count + p.out_count - v_out, parked_count = p.parked_count + v_returned - v_parked,
            dead_count = p.dead_count - v_dead, start_id = least(p.start_id, p_to),
            start_lsn = case when v_first.epoch = p.start_epoch then least(p.start_lsn, v_first.commit_lsn) else p.start_lsn end,
            replay = p_replay,

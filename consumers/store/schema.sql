@@ -122,8 +122,10 @@ create index source_events_source on source_events (source, id);
 
 -- The consumers ------------------------------------------------------------------------------------------------
 
--- One hot row a consumer, apart from the configuration; locked by everything that hands out or settles messages. Under a
--- snapshot that stays open all its versions stay too: the newest is found first, and claims and acks count them.
+-- One hot row a consumer, apart from the configuration; locked by everything that hands out or gives back messages. Under a
+-- snapshot that stays open all its versions stay too: the newest is found first, and claims count them.
+-- An ack of whole leases deletes them and does not touch this row: out_count and acked_count are those of the last claim, and
+-- what became of leases since then is known from those that are left. The view consumer_standing says how things stand.
 create table consumer_position (
     consumer     uuid    not null,
     version      bigint  not null default 0,
@@ -136,7 +138,7 @@ create table consumer_position (
     replay       uuid,
     replay_from  bigint,
     replay_to    bigint,
-    out_count    integer not null default 0,   -- messages in leases
+    out_count    integer not null default 0,   -- messages in leases, and those acknowledged since the last claim
     lease_floor  bigint  not null default 0,   -- none of its leases has a smaller id
     is_full      boolean not null default false,  -- after the last claim max_ack_pending were out
     parked_count integer not null default 0,   -- messages parked, dead letters apart
@@ -169,6 +171,22 @@ create table leases (
     primary key (consumer, id)                -- read by claims, from the consumer's lease_floor on
 );
 create index leases_token on leases (token);  -- read by ack, nack, extend, renew
+
+-- The consumers' positions with the counts as they are now.
+create view consumer_standing as
+    select p.consumer, p.source, p.position, p.start_lsn, p.start_epoch, o.out_count, p.parked_count, p.dead_count,
+           p.acked_count + p.out_count - o.out_count as acked_count, p.failed_count, p.filtered_count, p.undecided_count, p.taken_at
+    from consumer_position p cross join lateral (
+        select coalesce(sum(cardinality(l.ids)), 0)::integer as out_count from leases l
+        where l.consumer = p.consumer and l.id >= p.lease_floor) o;
+
+-- Groups of which something was acknowledged while, at the same moment, something was parked in this consumer: the next
+-- claim looks whether these may go on. (An ack waits for no claim.)
+create table released (
+    consumer uuid     not null,
+    grps     bigint[] not null
+);
+create index released_consumer on released (consumer);
 
 -- The exceptions: to be retried, blocked behind such a one, in error, or dead.
 create table parked (
@@ -294,6 +312,18 @@ create function sequin_groups_out(p_consumer uuid) returns setof bigint language
       and l.id >= (select p.lease_floor from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1)
 $$;
 
+-- Wait for acks that are under way of leases that hold any of these groups, and keep others from beginning until this
+-- transaction ends: what it finds out is out, so that whoever acknowledges it sees what was parked behind it.
+create function sequin_hold_groups(p_consumer uuid, p_groups bigint[]) returns void language plpgsql
+set enable_seqscan = off set enable_bitmapscan = off set plan_cache_mode = force_generic_plan as $$
+begin
+    perform from leases x where x.consumer = p_consumer and x.id in (
+        select l.id from leases l, unnest(l.grps || l.grp2s) g
+        where l.consumer = p_consumer and g in (select unnest(p_groups))
+          and l.id >= (select p.lease_floor from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1))
+    order by x.id for share;
+end $$;
+
 -- Parked -------------------------------------------------------------------------------------------------------
 
 -- The first message that is parked in a group, dead letters apart; null when there is none. Found by one probe of each index:
@@ -309,10 +339,12 @@ $$;
 create function sequin_promote(p_consumer uuid, p_groups bigint[]) returns integer language plpgsql
 set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set plan_cache_mode = force_generic_plan as $$
 declare
-    v_out   bigint[] := array(select sequin_groups_out(p_consumer));
+    v_out   bigint[];
     v_now   timestamptz := clock_timestamp();
     v_count integer;
 begin
+    perform sequin_hold_groups(p_consumer, p_groups);
+    v_out := array(select sequin_groups_out(p_consumer));
     with heads as (
         select distinct h.id, h.first_id, h.grp, h.grp2, h.not_before
         -- by hashing: there may be very many of both
@@ -386,6 +418,7 @@ declare
     m         record;
 begin
     done := 0; freed := 0; parked := 0; dead := 0; groups := '{}';
+    perform from leases l where l.token = p_token and l.consumer = p_consumer order by l.id for update;
     for m in
         select u.* from leases l, unnest(l.ids, l.grps, l.grp2s, l.counts) u(id, grp, grp2, count)
         where l.token = p_token and l.consumer = p_consumer order by u.id
@@ -533,16 +566,15 @@ language plpgsql set enable_seqscan = off set enable_bitmapscan = off set enable
 set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
-    v_pos        consumer_position;
-    v_status     text;
-    v_tables     text[];
+    v_pos        record;      -- the position, and what claims go by of the configuration
     v_columns    text[];
     v_max_out    integer;
     v_max_deliver integer;
     v_per_group  integer;
-    v_max_parked integer;
     v_actions    "char"[];
     v_relations  integer[];   -- null: all
+    v_out_count  integer := 0;
+    v_settled    integer;     -- acknowledged since the last claim
     v_now        timestamptz;
     v_room       integer;
     v_position   bigint;
@@ -571,6 +603,7 @@ declare
     w_stop       bigint;
     w_count      integer;
     w_two        boolean;
+    w_free       boolean;
     b_ids        bigint[];   -- blocked: parked behind their groups
     b_grps       bigint[];
     t_ids        bigint[];
@@ -583,8 +616,6 @@ declare
     v_until      timestamptz;  -- when the first of them ends
     v_fit        integer;
     v_beyond     bigint[];
-    v_version    timestamptz;  -- of the configuration
-    v_judged     boolean;      -- verdicts are needed
     v_latest     boolean;      -- of each row its latest state only
     v_fresh      boolean[] := '{}';
     v_newest     bigint;
@@ -592,39 +623,112 @@ declare
     w_delays     bigint[];
     i            integer;
 begin
-    -- A lost lease is a redelivery, so the claim need not wait for the disk.
-    perform set_config('synchronous_commit', 'off', true),
-            -- receivers wait here and not for the row: a row's lock is handed on in two waits
-            pg_advisory_xact_lock(hashtextextended(p_consumer::text, 0));
-    select p.* into v_pos from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
-    select c.status, c.tables, c.group_columns, c.max_ack_pending, c.max_deliver, c.max_per_group, c.max_parked,
-           array(select case a when 'insert' then 'I' when 'update' then 'U' when 'delete' then 'D' when 'truncate' then 'T'
-                        end::"char" from unnest(c.actions) a where c.stream = 'changes' or a in ('insert', 'update')),
-           c.updated_at, c."where" <> '' or c.stream = 'rows', c.stream = 'rows'
-      into v_status, v_tables, v_columns, v_max_out, v_max_deliver, v_per_group, v_max_parked, v_actions, v_version, v_judged, v_latest
-      from consumers_consumer c where c.id = p_consumer;
+    -- A lost lease is a redelivery, so the claim need not wait for the disk. Receivers wait for each other here and not for the
+    -- row: a row's lock is handed on in two waits.
+    perform set_config('synchronous_commit', 'off', true), pg_advisory_xact_lock(hashtextextended(p_consumer::text, 0));
+    select p.consumer, p.version, p.source, p.position, p.start_lsn, p.start_epoch, p.replay, p.replay_from, p.replay_to, p.out_count,
+           p.lease_floor, p.is_full, p.parked_count, p.dead_count, p.failed_count, c.status, c.tables, c.group_columns, c.max_ack_pending, c.max_deliver, c.max_per_group, c.max_parked,
+           array_remove(array[case when 'insert' = any (c.actions) then 'I' end, case when 'update' = any (c.actions) then 'U' end,
+                              case when c.stream = 'changes' and 'delete' = any (c.actions) then 'D' end,
+                              case when c.stream = 'changes' and 'truncate' = any (c.actions) then 'T' end], null)::"char"[] as actions,
+           c.updated_at as configured_at, c."where" <> '' or c.stream = 'rows' as is_judged, c.stream = 'rows' as is_latest
+      into v_pos
+      from consumer_position p left join consumers_consumer c on c.id = p.consumer
+     where p.consumer = p_consumer order by p.version desc limit 1 for update of p;
     reached := v_pos.position;
-    version := v_version;
-    needs_verdicts := case when v_judged then v_version end is distinct from p_version and v_status = 'active';
-    if v_pos.consumer is null or v_status is distinct from 'active' or needs_verdicts then
+    version := v_pos.configured_at;
+    needs_verdicts := case when v_pos.is_judged then v_pos.configured_at end is distinct from p_version and v_pos.status = 'active';
+    if v_pos.status is distinct from 'active' or needs_verdicts then
         at_end := true;
         return next;
         return;
     end if;
     v_now := clock_timestamp();
-    v_position := v_pos.position;
-    v_columns := nullif(v_columns, '{}');
-    if cardinality(v_tables) > 0 then
+    v_max_out := v_pos.max_ack_pending;
+    v_actions := v_pos.actions;
+    v_columns := nullif(v_pos.group_columns, '{}');
+    if v_pos.tables <> '{}' then
         v_relations := array(
             select r.id from relation_version r where r.source = v_pos.source
-            and (r.schema_name || '.' || r.table_name = any (v_tables) or r.schema_name || '.*' = any (v_tables)));
+            and (r.schema_name || '.' || r.table_name = any (v_pos.tables) or r.schema_name || '.*' = any (v_pos.tables)));
     end if;
 
-    -- 1. Leases that ended.
+    -- 1. What is out: less than at the last claim, when something was acknowledged.
     if v_pos.out_count > 0 then
-        select min(l.id), min(l.until) into v_floor, v_until
+        if not v_pos.is_full and v_pos.out_count + p_limit >= v_max_out then
+            -- It may become full: who acknowledges from now on has to see that, and to say so.
+            perform from leases l where l.consumer = p_consumer and l.id >= v_pos.lease_floor order by l.id for share;
+        end if;
+        select min(l.id), min(l.until), coalesce(sum(cardinality(l.ids)), 0) into v_floor, v_until, v_out_count
           from leases l where l.consumer = p_consumer and l.id >= v_pos.lease_floor;
     end if;
+    v_settled := v_pos.out_count - v_out_count;
+
+    -- Nearly always nothing is parked, and none of what comes next is held up by what is out: then all is done at once.
+    if v_pos.parked_count = 0 and v_columns is null and v_pos.max_per_group is null and not v_pos.is_judged
+       and v_out_count < v_max_out and v_until > v_now is not false then
+        v_room := least(p_limit, v_max_out - v_out_count);
+        if v_out_count > 0 then
+            v_out := array(select sequin_groups_out(p_consumer));
+        end if;
+        return query
+            with x as materialized (
+                select m.id, m.relation, m.action, m.record, m.changes, m.key, m.commit_lsn, m.commit_idx, m.committed_at, m.epoch,
+                       m.unchanged, m.old_values_known, m.annotations, m.backfill, m.replay,
+                       hashtextextended(m.key, m.table_oid) as grp, hashtextextended(m.old_key, m.table_oid) as grp2,
+                       m.consumer is not distinct from p_consumer
+                       or (m.consumer is null and m.action = any (v_actions) and (v_relations is null or m.relation = any (v_relations))
+                           and (m.epoch <> v_pos.start_epoch or m.commit_lsn >= v_pos.start_lsn)) as hit
+                from messages m where m.source = v_pos.source and m.id > v_pos.position order by m.id limit v_room + 1  -- is there more?
+            ), a as materialized (
+                select (array_agg(x.id) filter (where x.hit))[:v_room] as ids, (array_agg(x.grp) filter (where x.hit))[:v_room] as grps,
+                       count(*) as looked, count(*) filter (where x.hit) as hits, max(x.id) as last,
+                       bool_or(x.grp in (select unnest(v_out)) or coalesce(x.grp2 <> x.grp, false)) filter (where x.hit) as tied,
+                       sum(octet_length(x.record) + coalesce(octet_length(x.changes), 0)) filter (where x.hit) as bytes
+                from x
+            ), ready as materialized (
+                select a.ids, a.grps, cardinality(a.ids) as n, case when a.looked > v_room then a.ids[v_room] else a.last end as last,
+                       a.looked <= v_room as at_end
+                from a where not a.tied and (a.hits >= v_room or a.looked <= v_room) and (a.bytes <= p_max_bytes or a.hits = 1)
+            ), lease as (
+                insert into leases (token, consumer, source, until, ids, grps, grp2s, counts, holder)
+                select gen_random_uuid(), p_consumer, v_pos.source, clock_timestamp() + p_lease_ms * interval '1 ms', r.ids, r.grps,
+                       array_fill(null::bigint, array[r.n]), array_fill(1, array[r.n]), p_holder
+                from ready r
+                returning leases.id, leases.token
+            ), moved as (
+                update consumer_position p
+                   set version = v_pos.version + 1, position = r.last, out_count = v_out_count + r.n, acked_count = p.acked_count + v_settled,
+                       lease_floor = coalesce(v_floor, l.id), is_full = v_out_count + r.n >= v_max_out, taken_at = v_now
+                  from ready r, lease l where p.consumer = p_consumer and p.version = v_pos.version
+            )
+            select case when x.id = r.ids[1] then l.token end, r.at_end, null::bigint, r.last, false, false,
+                   case when x.id = r.ids[1] then v_pos.configured_at end, case when x.id = r.ids[1] then v_pos.source end, x.id, 1, x.grp,
+                   null::bigint, null::integer, x.relation, x.action, x.record, x.changes, x.key, x.commit_lsn, x.commit_idx,
+                   to_char(x.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), x.epoch, x.unchanged, x.old_values_known,
+                   x.annotations, x.backfill,
+                   coalesce(x.replay, case when x.id > v_pos.replay_from and x.id <= v_pos.replay_to then v_pos.replay end)
+            from ready r, lease l, x where x.hit and x.id <= r.last;
+        if found then
+            return;
+        end if;
+    end if;
+
+    v_max_deliver := v_pos.max_deliver;
+    v_per_group := v_pos.max_per_group;
+    v_latest := v_pos.is_latest;
+    v_position := v_pos.position;
+    v_pos.out_count := v_out_count;
+    if v_pos.parked_count > 0 then
+        with freed as (delete from released r where r.consumer = p_consumer returning r.grps)
+        select array_agg(distinct g) into v_dropped from freed f, unnest(f.grps) g where g is not null;
+        v_dropped := coalesce(v_dropped, '{}');
+        if v_dropped <> '{}' then
+            perform sequin_promote(p_consumer, v_dropped);
+            v_dropped := '{}';
+        end if;
+    end if;
+    -- Leases that ended.
     if v_until <= v_now then
         select * into v_expired from sequin_expire(p_consumer, v_pos.source, v_pos.lease_floor, v_max_deliver);
         v_pos.out_count := v_pos.out_count - v_expired.freed;
@@ -712,13 +816,13 @@ begin
     end if;
 
     -- 3. The log.
-    elsif v_room > 0 and v_pos.parked_count + v_parked < v_max_parked then
+    elsif v_room > 0 and v_pos.parked_count + v_parked < v_pos.max_parked then
         if v_pos.out_count > 0 then
             v_out := array(select sequin_groups_out(p_consumer));
         end if;
         v_window := greatest(v_room, 4);
         loop
-            if v_judged then
+            if v_pos.is_judged then
                 -- Judged already; what others took meanwhile lies before the position.
                 select array_agg(u.id order by u.id), array_agg(u.grp order by u.id),
                        array_agg(nullif(u.grp2, u.grp) order by u.id), array_agg(u.error order by u.id),
@@ -752,8 +856,14 @@ begin
             v_end := w_count < v_window;
             w_stop := w_last;
             if w_ids is not null then
-                if not coalesce(w_two, false) and v_per_group is null and v_pos.parked_count + v_parked = 0
-                   and (v_out = '{}' or not (w_grps[1:v_room] && v_out)) then
+                w_free := not coalesce(w_two, false) and v_per_group is null and v_pos.parked_count + v_parked = 0
+                          and (v_out = '{}' or not exists (select from unnest(w_grps[1:v_room]) g where g in (select unnest(v_out))));
+                if not w_free and v_out <> '{}' then
+                    -- Some of it will be parked behind what is out.
+                    perform sequin_hold_groups(p_consumer, w_grps || w_grp2s);
+                    v_out := array(select sequin_groups_out(p_consumer));
+                end if;
+                if w_free then
                     -- Nothing parked, and none of the first is out: these.
                     if cardinality(w_ids) >= v_room then
                         w_ids := w_ids[1:v_room];
@@ -880,7 +990,7 @@ begin
             v_position := coalesce(w_last, v_position);
             v_end := v_end and w_last is not distinct from w_stop;
             exit when v_room <= 0 or v_end or v_scanned >= p_scan
-                   or v_pos.parked_count + v_parked >= v_max_parked;
+                   or v_pos.parked_count + v_parked >= v_pos.max_parked;
             v_window := least(v_window * 4, 5000);
         end loop;
     else
@@ -912,7 +1022,7 @@ begin
        set version = v_pos.version + 1, position = v_position, out_count = v_pos.out_count + cardinality(v_ids),
            lease_floor = coalesce(v_floor, v_lease, p.lease_floor), is_full = v_pos.out_count + cardinality(v_ids) >= v_max_out,
            parked_count = v_pos.parked_count + v_parked, dead_count = v_pos.dead_count,
-           failed_count = v_pos.failed_count, taken_at = case when v_ids <> '{}' then v_now else p.taken_at end,
+           failed_count = v_pos.failed_count, acked_count = p.acked_count + v_settled, taken_at = case when v_ids <> '{}' then v_now else p.taken_at end,
            filtered_count = p.filtered_count + sequin_passed(p_passed, v_pos.position, v_position),
            undecided_count = p.undecided_count + sequin_passed(p_undecided, v_pos.position, v_position)
      where p.consumer = p_consumer and p.version = v_pos.version
@@ -952,7 +1062,7 @@ begin
     if not v_from_parked then
         -- All of one stretch of the log: the partitions that hold it are known before the scan begins.
         return query
-            select case when m.n = 1 then v_token end, v_end, null::bigint, v_position, false, false, case when m.n = 1 then v_version end,
+            select case when m.n = 1 then v_token end, v_end, null::bigint, v_position, false, false, case when m.n = 1 then v_pos.configured_at end,
                    case when m.n = 1 then m.source end, m.id, 1, v_grps[m.n], v_grp2s[m.n], null::integer, m.relation, m.action, m.record,
                    m.changes, m.key, m.commit_lsn, m.commit_idx,
                    to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged,
@@ -964,7 +1074,7 @@ begin
         return;
     end if;
     return query
-        select case when u.o = 1 then v_token end, v_end, null::bigint, v_position, false, u.fresh, case when u.o = 1 then v_version end,
+        select case when u.o = 1 then v_token end, v_end, null::bigint, v_position, false, u.fresh, case when u.o = 1 then v_pos.configured_at end,
                case when u.o = 1 then m.source end, m.id, u.n, u.grp, u.grp2, u.b, m.relation, m.action, m.record,
                m.changes, m.key, m.commit_lsn, m.commit_idx,
                to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged,
@@ -1025,10 +1135,10 @@ create function sequin_ack(p_consumer uuid, p_tokens uuid[], p_ids bigint[], p_f
                            out done integer, out stale integer)
 language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
-    v_pos     consumer_position;
+    v_pos     record;
     v_total   integer := cardinality(p_ids);
     v_whole   uuid[] := '{}';
-    v_freed   integer := 0;
+    v_freed   integer;
     v_late    integer := 0;
     v_dead    integer := 0;
     v_grps    bigint[];
@@ -1037,15 +1147,39 @@ declare
     r         record;
     x         record;
 begin
-    perform set_config('synchronous_commit', 'off', true),
-            -- receivers wait here and not for the row: a row's lock is handed on in two waits
-            pg_advisory_xact_lock(hashtextextended(p_consumer::text, 0));
+    perform set_config('synchronous_commit', 'off', true);
+    -- How long it took is looked at for one ack in sixteen: counting costs more than acknowledging.
+    select p.parked_count, p.is_full,
+           case when p_filtered then 0 when p.acked_count < 1000 then 1 when random() < 0.0625 then 16 else 0 end as weight
+      into v_pos from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1;
+    if v_pos.parked_count = 0 and v_pos.weight = 0 and not p_filtered and p_tokens[1] = all (p_tokens) then
+        -- A whole lease of a consumer that has nothing parked, as nearly always: it goes, and nobody is waited for.
+        delete from leases l where l.token = p_tokens[1] and l.consumer = p_consumer and l.ids = p_ids
+        returning l.grps || l.grp2s into v_grps;
+        if found then
+            -- A claim that found it out has ended by now: what it did is seen.
+            select p.parked_count, p.is_full into v_pos from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1;
+            if v_pos.parked_count > 0 then
+                insert into released (consumer, grps) values (p_consumer, v_grps);
+            end if;
+            if v_pos.parked_count > 0 or v_pos.is_full then
+                perform pg_notify('sequin_consumer', p_consumer::text);
+            end if;
+            done := v_total; stale := 0;
+            return;
+        end if;
+    end if;
+
+    v_weight := v_pos.weight;
+    -- receivers wait here and not for the row: a row's lock is handed on in two waits
+    perform pg_advisory_xact_lock(hashtextextended(p_consumer::text, 0));
     select p.* into v_pos from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
     if v_pos.consumer is null then
         done := 0; stale := v_total;
         return;
     end if;
     v_grps := '{}';
+    v_freed := 0;
 
     -- Whole leases at once, which is what most clients settle; most of all one.
     if p_tokens[1] = all (p_tokens) then
@@ -1068,6 +1202,7 @@ begin
     end if;
 
     if v_freed < v_total then
+        perform from leases l where l.token = any (p_tokens) and l.consumer = p_consumer order by l.id for update;
         for r in
             select u.token, array_agg(distinct u.id) as ids from unnest(p_tokens, p_ids) u(token, id)
             where u.token <> all (v_whole) group by u.token
@@ -1103,8 +1238,6 @@ begin
     if done = 0 then
         return;
     end if;
-    -- How long it took is looked at for one ack in eight: counting costs as much as acknowledging.
-    v_weight := case when p_filtered then 0 when v_pos.acked_count < 1000 then 1 when random() < 0.125 then 8 else 0 end;
     if v_weight = 0 then
         update consumer_position p
            set version = v_pos.version + 1, out_count = p.out_count - v_freed, parked_count = p.parked_count - v_late,
@@ -1216,6 +1349,7 @@ declare
 begin
     perform set_config('synchronous_commit', 'off', true);
     select p.* into v_pos from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
+    perform from leases l where l.token = any (p_tokens) and l.consumer = p_consumer order by l.id for update;
     v_until := clock_timestamp() + p_wait_ms * interval '1 ms';
     done := 0;
     for r in
@@ -1367,6 +1501,7 @@ declare
 begin
     perform set_config('synchronous_commit', 'off', true);
     perform from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
+    perform from leases l where l.token = any (p_tokens) and l.consumer = p_consumer order by l.id for update;
     for r in
         select u.token, array_agg(distinct u.id) as ids from unnest(p_tokens, p_ids) u(token, id) group by u.token
     loop

@@ -41,7 +41,7 @@ def counters(consumer: UUID) -> tuple[int, int, int, int]:
     """out, parked, dead, acked."""
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT out_count, parked_count, dead_count, acked_count FROM consumer_position WHERE consumer = %s", [consumer]
+            "SELECT out_count, parked_count, dead_count, acked_count FROM consumer_standing WHERE consumer = %s", [consumer]
         )
         return cursor.fetchone()
 

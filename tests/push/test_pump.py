@@ -78,7 +78,7 @@ def push_to(log: Log, where: Endpoint, *, timeout_ms: int = 5000, headers: Any =
 def delivered(consumer: UUID, count: int, timeout: float = 20) -> None:
     def acked() -> bool:
         with connection.cursor() as cursor:
-            cursor.execute("SELECT acked_count FROM consumer_position WHERE consumer = %s", [consumer])
+            cursor.execute("SELECT acked_count FROM consumer_standing WHERE consumer = %s", [consumer])
             return bool(cursor.fetchone()[0] >= count)
 
     wait_until(acked, timeout, f"{count} messages delivered")

@@ -141,7 +141,7 @@ def test_receivers_editors_and_watchers_at_once(log: Log, monkeypatch: pytest.Mo
     assert sorted(acked) == everything, "every message was acked"
     assert set(acked.values()) == {1}, "no ack counted twice"
     assert parked_count(consumer) == (0, 0)
-    assert fetch("SELECT out_count, acked_count FROM consumer_position WHERE consumer = %s", consumer)[0] == (0, len(everything))
+    assert fetch("SELECT out_count, acked_count FROM consumer_standing WHERE consumer = %s", consumer)[0] == (0, len(everything))
 
 
 def test_group_columns_are_not_changed_behind_a_claim(log: Log) -> None:  # noqa: F811

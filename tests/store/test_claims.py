@@ -251,7 +251,7 @@ def test_random_use_loses_nothing_and_keeps_order(log: Log, seed: int) -> None:
             del out[message]
 
     def check_counts() -> None:
-        counted = fetch("SELECT out_count, parked_count, dead_count FROM consumer_position WHERE consumer = %s", consumer)[0]
+        counted = fetch("SELECT out_count, parked_count, dead_count FROM consumer_standing WHERE consumer = %s", consumer)[0]
         real = fetch(
             "SELECT (SELECT coalesce(sum(cardinality(ids)), 0) FROM leases WHERE consumer = %s),"
             " (SELECT coalesce(sum(cardinality(ids)), 0) FROM parked WHERE consumer = %s AND reason <> 'dead'),"

@@ -69,7 +69,7 @@ class Rows:
             )
         ]  # fmt: skip
         self.position, *counts = fetch(
-            "SELECT position, out_count, parked_count, dead_count, acked_count FROM consumer_position WHERE consumer = %s", consumer
+            "SELECT position, out_count, parked_count, dead_count, acked_count FROM consumer_standing WHERE consumer = %s", consumer
         )[0]
         self.counts = tuple(counts)
         self.out = {message: token for token, ids in self.leases for message in ids}

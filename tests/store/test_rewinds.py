@@ -29,7 +29,7 @@ def append(log: Log, *row_keys: int) -> list[int]:
 
 
 def counts(consumer: UUID) -> tuple[int, int, int]:
-    return fetch("SELECT out_count, parked_count, dead_count FROM consumer_position WHERE consumer = %s", consumer)[0]  # type: ignore[return-value]
+    return fetch("SELECT out_count, parked_count, dead_count FROM consumer_standing WHERE consumer = %s", consumer)[0]  # type: ignore[return-value]
 
 
 def rewind(log: Log, consumer: UUID, position: int) -> rewinds.Rewound:
