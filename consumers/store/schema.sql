@@ -726,6 +726,7 @@ begin
         if v_dropped <> '{}' then
             perform sequin_promote(p_consumer, v_dropped);
             v_dropped := '{}';
+            v_now := clock_timestamp();
         end if;
     end if;
     -- Leases that ended.
@@ -1349,7 +1350,7 @@ declare
 begin
     perform set_config('synchronous_commit', 'off', true);
     select p.* into v_pos from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
-    perform from leases l where l.token = any (p_tokens) and l.consumer = p_consumer order by l.id for update;
+    perform from leases h where h.token = any (p_tokens) and h.consumer = p_consumer order by h.id for update;
     v_until := clock_timestamp() + p_wait_ms * interval '1 ms';
     done := 0;
     for r in

@@ -70,17 +70,19 @@ class Threads:
             raise self.errors[0]
 
 
-def test_receivers_editors_and_watchers_at_once(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+@pytest.mark.parametrize("acked", [0, 1000], ids=["timed acks", "acks that wait for nobody"])
+def test_receivers_editors_and_watchers_at_once(log: Log, monkeypatch: pytest.MonkeyPatch, acked: int) -> None:  # noqa: F811
     monkeypatch.setattr(hot, "DEAD_SHARE", 0)
-    consumer = log.consumer(max_ack_pending=40)
+    consumer = log.consumer(acked, max_ack_pending=40)
     threads = Threads()
-    acked: Counter[int] = Counter()
+    acks: Counter[int] = Counter()
     lock = threading.Lock()
+    unclear: set[int] = set()
 
     def ack(token: UUID, id_: int) -> None:
         if claims.ack(consumer, [(token, id_)]).done:
             with lock:
-                acked[id_] += 1
+                acks[id_] += 1
 
     def receive(chance: random.Random) -> None:
         claim = claims.claim(consumer, chance.choice([1, 3, 10]), lease_ms=chance.choice([5, 30, 300]))
@@ -104,8 +106,17 @@ def test_receivers_editors_and_watchers_at_once(log: Log, monkeypatch: pytest.Mo
             claims.extend(consumer, named, chance.choice([200, 1]))
         elif what < 0.3:
             pass  # a receiver that died: its lease ends
+        elif what < 0.65:
+            done = claims.ack(consumer, named).done
+            if done == len(named):
+                with lock:
+                    acks.update(id_ for _, id_ in named)
+            else:
+                # Too late for some: those come again, and which they are is known from what is left.
+                with lock:
+                    unclear.update(id_ for _, id_ in named)
         else:
-            if what < 0.5:
+            if what < 0.8:
                 chance.shuffle(named)
                 named = named[: max(1, len(named) // 2)]
             for token, id_ in named:  # one at a time: whether that one counted is known for certain
@@ -133,15 +144,50 @@ def test_receivers_editors_and_watchers_at_once(log: Log, monkeypatch: pytest.Mo
             log.append(*[log.row(chance.randrange(KEYS)) for _ in range(count)])
             appended += count
             threads.stopping.wait(0.005)
-        wait_until(lambda: threads.errors or len(acked) > appended // 2, 60, "half of it to be acked")
+        wait_until(lambda: threads.errors or len(acks) > appended // 2, 60, "half of it to be acked")
     finally:
         threads.finish()
     _work_off(consumer, ack)
     everything = [row[0] for row in fetch("SELECT id FROM messages ORDER BY id")]
-    assert sorted(acked) == everything, "every message was acked"
-    assert set(acked.values()) == {1}, "no ack counted twice"
+    assert {*acks} | unclear == {*everything}, "every message was acked"
+    assert {count for id_, count in acks.items() if id_ not in unclear} == {1}, "no ack counted twice"
     assert parked_count(consumer) == (0, 0)
-    assert fetch("SELECT out_count, acked_count FROM consumer_standing WHERE consumer = %s", consumer)[0] == (0, len(everything))
+    assert fetch("SELECT out_count, acked_count FROM consumer_standing WHERE consumer = %s", consumer)[0] == (0, acked + len(everything))
+
+
+def test_an_ack_waits_for_no_claim_and_frees_what_was_parked_behind_it_meanwhile(log: Log) -> None:  # noqa: F811
+    """Three moments of a claim: before it looks at what is out, while it holds that, and when it has ended."""
+    consumer = log.consumer(acked=1000)
+    log.append(log.row(1), log.row(2), log.row(1), log.row(3))
+    first = claims.claim(consumer, 1, lease_ms=60_000)
+    second = claims.claim(consumer, 1, lease_ms=60_000)
+    settled: list[Any] = []
+
+    def settle() -> None:
+        try:
+            settled.append(ack_without_timing(consumer, first))
+        finally:
+            connection.close()
+
+    acking = threading.Thread(target=settle)
+    with store_connection(autocommit=False) as conn:
+        conn.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [str(consumer)])
+        assert ack_without_timing(consumer, second) == (1, 0), "a claim is under way, and the ack is done"
+        claimed = conn.execute("SELECT id FROM sequin_claim(%s, 1, 60000, NULL, 100, 1000000)", [consumer]).fetchall()
+        assert [row[0] for row in claimed] == [first.messages[0].id + 3], "the second of key 1 is parked behind the first"
+        acking.start()
+        wait_until(lambda: fetch("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%sequin_ack%%'"), 10, "the ack to wait")
+    acking.join(10)
+    assert settled == [(1, 0)]
+    assert [message.id for message in claims.claim(consumer, 10, lease_ms=60_000).messages] == [first.messages[0].id + 2]
+
+
+def ack_without_timing(consumer: UUID, claim: Any) -> Any:
+    """Whether an ack is timed is left to chance, and such a one waits: this one is not."""
+    fetch("SELECT setseed(0.5)")
+    assert fetch("SELECT random() >= 0.0625")[0][0]
+    fetch("SELECT setseed(0.5)")
+    return claims.ack(consumer, [(claim.token, message.id) for message in claim.messages])
 
 
 def test_group_columns_are_not_changed_behind_a_claim(log: Log) -> None:  # noqa: F811

@@ -107,15 +107,16 @@ class Engine(RuleBasedStateMachine):
         max_deliver=st.sampled_from([None, 1, 2, 4]),
         columns=st.booleans(),
         moves=st.booleans(),
+        acked=st.sampled_from([0, 1000]),
     )
-    def begin(self, per_group: int | None, max_out: int, max_deliver: int | None, columns: bool, moves: bool) -> None:
-        self.columns, self.moves = columns, moves
+    def begin(self, per_group: int | None, max_out: int, max_deliver: int | None, columns: bool, moves: bool, acked: int) -> None:
+        self.columns, self.moves, self.acked = columns, moves, acked
         self.max_deliver = max_deliver
         self.settings: dict[str, Any] = {
             "max_per_group": per_group, "max_ack_pending": max_out, "actions": list(ACTIONS.values()), "tables": [],
             "status": "active",
         }  # fmt: skip
-        self.id = self.log.consumer(max_deliver=max_deliver, group_columns=["g"] if columns else [], **self.settings)
+        self.id = self.log.consumer(acked, max_deliver=max_deliver, group_columns=["g"] if columns else [], **self.settings)
         self.position = self.rows().position
 
     def teardown(self) -> None:

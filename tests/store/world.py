@@ -41,9 +41,11 @@ class Log:
         self.appender.append(rows, self.progress, after)
         self.progress = after
 
-    def consumer(self, **fields: Any) -> UUID:
+    def consumer(self, acked: int = 0, **fields: Any) -> UUID:
+        """`acked`: already, long ago. From 1,000 on an ack is seldom timed, and then waits for nobody."""
         consumer = Consumer.objects.create(name=f"c-{uuid4().hex[:6]}", source=self.source, kind="pull", **fields)
         lifecycle.create_position(consumer.pk, self.source.pk, 0)
+        fetch("UPDATE consumer_position SET acked_count = %s WHERE consumer = %s", acked, consumer.pk)
         return consumer.pk
 
 
