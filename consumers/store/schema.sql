@@ -1145,10 +1145,11 @@ declare
     v_grps    bigint[];
     v_due     integer := 0;
     v_weight  integer;
+    v_set     text;
     r         record;
     x         record;
 begin
-    perform set_config('synchronous_commit', 'off', true);
+    v_set := set_config('synchronous_commit', 'off', true);
     -- How long it took is looked at for one ack in sixteen: counting costs more than acknowledging.
     select p.parked_count, p.is_full,
            case when p_filtered then 0 when p.acked_count < 1000 then 1 when random() < 0.0625 then 16 else 0 end as weight
