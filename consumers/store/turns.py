@@ -6,10 +6,32 @@ import socket
 from collections.abc import Iterable
 from uuid import UUID
 
-from django.db import connection
+from django.db import connection, transaction
+
+from consumers.store import lifecycle
 
 TURN_S = 4.0  # a pump that dies is replaced after this long
 ALIVE_S = 5.0
+PUMP, ENDING = "pump", "ending pump"  # as they beat: one that ends takes no turns, the others share without it
+
+
+def beat(cluster: str, *, ending: bool = False) -> None:
+    """Say that this process pumps."""
+    lifecycle.beat(ENDING if ending else PUMP, cluster)
+
+
+def join(cluster: str) -> None:
+    """Begin to pump: the others hear of it and give up what is too much for them."""
+    beat(cluster)
+    _tell()
+
+
+def retire(cluster: str) -> None:
+    """Begin to end: from now on the others take what this process gives up."""
+    with transaction.atomic():
+        _forget(PUMP)
+        beat(cluster, ending=True)
+        _tell()
 
 
 def take(holder: UUID, limit: int) -> list[UUID]:
@@ -55,36 +77,48 @@ def release(holder: UUID, consumers: Iterable[UUID] | None = None) -> None:
             cursor.execute("DELETE FROM turns WHERE holder = %s", [holder])
         else:
             cursor.execute("DELETE FROM turns WHERE holder = %s AND consumer = ANY (%s)", [holder, list(consumers)])
-        cursor.execute("SELECT pg_notify('sequin_turns', '')")
+    _tell()
 
 
 def shares() -> tuple[int, int]:
-    """How many active push consumers there are, and how many pumps are alive to serve them."""
+    """How many active push consumers there are, and how many pumps are alive to serve them; those that end not counted."""
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT (SELECT count(*) FROM consumers_consumer WHERE kind = 'push' AND status = 'active'),"
-            " (SELECT count(*) FROM heartbeats WHERE process = 'pump' AND at > clock_timestamp() - %s * interval '1 s')",
-            [ALIVE_S],
+            " (SELECT count(*) FROM heartbeats WHERE process = %s AND at > clock_timestamp() - %s * interval '1 s')",
+            [PUMP, ALIVE_S],
         )
         consumers, pumps = cursor.fetchone() or (0, 0)
     return int(consumers), int(pumps)
 
 
 def alive_pumps(cluster: str | None = None) -> int:
-    """How many pumps have beaten lately, of one cluster or of all."""
+    """How many pumps have beaten lately, of one cluster or of all: so many slots are taken."""
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT count(*) FROM heartbeats WHERE process = 'pump' AND at > clock_timestamp() - %s * interval '1 s'"
+            "SELECT count(*) FROM heartbeats WHERE process IN (%s, %s) AND at > clock_timestamp() - %s * interval '1 s'"
             " AND (%s::text IS NULL OR detail = %s)",
-            [ALIVE_S, cluster, cluster],
+            [PUMP, ENDING, ALIVE_S, cluster, cluster],
         )
         row = cursor.fetchone()
     return int(row[0]) if row else 0
 
 
 def forget_pump() -> None:
-    """This process pumps no more."""
+    """This process pumps no more: its slot is free."""
+    _forget(PUMP, ENDING)
+    _tell()
+
+
+def _forget(*processes: str) -> None:
     with connection.cursor() as cursor:
         cursor.execute(
-            "DELETE FROM heartbeats WHERE process = 'pump' AND host = %s AND pid = %s", [socket.gethostname(), os.getpid()]
+            "DELETE FROM heartbeats WHERE process = ANY (%s) AND host = %s AND pid = %s",
+            [list(processes), socket.gethostname(), os.getpid()],
         )
+
+
+def _tell() -> None:
+    """Pumps and watchers look at once."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_notify('sequin_turns', '')")
