@@ -96,6 +96,7 @@ class EndpointState:
         """It was edited: what it did before says nothing any more."""
         self.failures = self.troubles = 0
         self.hold_until = 0.0
+        self.is_slow = True
 
     def hold(self, until: float) -> None:
         self.hold_until = max(self.hold_until, until)
