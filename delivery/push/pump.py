@@ -88,7 +88,6 @@ class Pump:
         self._stopped = False
         self._cluster = os.environ.get("SEQUIN_CLUSTER", "")
         self._retired = False  # the slice is over: the other pumps share without this one
-        self._is_last = False  # retired, and there is no other
         self._ending = False  # nothing is sent and no turns are taken any more
         self._drained = False  # a lane that sends no more has had its last answer
         self._events: queue.SimpleQueue[Outcome | Notice | Transformed] = queue.SimpleQueue()
@@ -170,11 +169,10 @@ class Pump:
     def _share(self) -> None:
         """As many consumers as each pump should serve: give turns up, or take some."""
         active, pumps = turns.shares()
-        self._is_last = self._retired and not pumps
+        if self._retired and pumps:
+            return  # there are others to take what is free
         share = -(-active // max(pumps, 1))
         mine = [lane for lane in self._lanes.values() if not lane.is_quiet]
-        if self._retired and pumps:
-            return  # the others take what is free
         if len(mine) > share:
             for lane in sorted(mine, key=lambda lane: len(lane.flights))[: len(mine) - share]:
                 self._leave(lane)
@@ -188,10 +186,10 @@ class Pump:
         self._hand_back_pending(lane)
 
     def _release_quiet(self) -> None:
-        """Give up the turns of lanes that are to go and have nothing in flight any more, if there is somebody to take them."""
+        """Give up the turns of lanes that are to go and have nothing in flight any more."""
         self._drained = False
         done = [consumer_id for consumer_id, lane in self._lanes.items() if lane.is_quiet and not lane.flights]
-        if done and (self._ending or not self._is_last):
+        if done:
             self._acknowledge()
             for consumer_id in done:
                 del self._lanes[consumer_id]
