@@ -31,7 +31,6 @@ def retire(cluster: str) -> None:
     with transaction.atomic():
         _forget(PUMP)
         beat(cluster, ending=True)
-        _tell()
 
 
 def take(holder: UUID, limit: int) -> list[UUID]:
@@ -77,7 +76,9 @@ def release(holder: UUID, consumers: Iterable[UUID] | None = None) -> None:
             cursor.execute("DELETE FROM turns WHERE holder = %s", [holder])
         else:
             cursor.execute("DELETE FROM turns WHERE holder = %s AND consumer = ANY (%s)", [holder, list(consumers)])
-    _tell()
+        gone = cursor.rowcount
+    if gone:
+        _tell()
 
 
 def shares() -> tuple[int, int]:

@@ -90,6 +90,7 @@ class Pump:
         self._retired = False  # the slice is over: the other pumps share without this one
         self._ending = False  # nothing is sent and no turns are taken any more
         self._drained = False  # a lane that sends no more has had its last answer
+        self._look_for_turns = False  # somebody gave turns up, or began or ceased to share
         self._events: queue.SimpleQueue[Outcome | Notice | Transformed] = queue.SimpleQueue()
         self._transforms = ThreadPoolExecutor(TRANSFORMS, "transform")
         self._transport = Transport(self._events, settings.SEQUIN_ALLOWED_NETWORKS)
@@ -146,6 +147,9 @@ class Pump:
         if now - self._renewed_at >= RENEW_TURNS_S:
             self._renewed_at = now
             self._hold_turns()
+        elif self._look_for_turns and not self._ending:
+            self._share()
+            self._release_quiet()
         if now - self._leases_at >= RENEW_LEASES_S:
             self._leases_at = now
             self._renew_leases()
@@ -168,6 +172,7 @@ class Pump:
 
     def _share(self) -> None:
         """As many consumers as each pump should serve: give turns up, or take some."""
+        self._look_for_turns = False
         active, pumps = turns.shares()
         if self._retired and pumps:
             return  # there are others to take what is free
@@ -386,7 +391,7 @@ class Pump:
         if notice.channel == "sequin_config":
             self._reconfigure()
         elif notice.channel == "sequin_turns":
-            self._renewed_at = 0.0  # somebody gave turns up: take what is ours at once
+            self._look_for_turns = True
         elif notice.channel == "sequin_stop":
             self._stopped = self._stopped or notice.payload == os.environ.get("SEQUIN_CLUSTER")
         else:
