@@ -35,20 +35,26 @@ def retire(cluster: str) -> None:
 
 def take(holder: UUID, limit: int) -> list[UUID]:
     """Take up to `limit` turns that nobody holds, of active push consumers. What a dead holder had out comes back at once."""
-    if limit <= 0:
-        return []
+    taken: list[UUID] = []
     with connection.cursor() as cursor:
-        cursor.execute(
-            "INSERT INTO turns AS t (consumer, holder, token, pid, host, until)"
-            " SELECT c.id, %(holder)s, gen_random_uuid(), %(pid)s, %(host)s, clock_timestamp() + %(turn)s * interval '1 s'"
-            " FROM consumers_consumer c LEFT JOIN turns x ON x.consumer = c.id"
-            " WHERE c.kind = 'push' AND c.status = 'active' AND (x.consumer IS NULL OR x.until < clock_timestamp())"
-            " ORDER BY c.id LIMIT %(limit)s"
-            " ON CONFLICT (consumer) DO UPDATE SET holder = excluded.holder, token = excluded.token, pid = excluded.pid,"
-            " host = excluded.host, until = excluded.until WHERE t.until < clock_timestamp() RETURNING consumer",
-            {"holder": holder, "pid": os.getpid(), "host": socket.gethostname(), "turn": TURN_S, "limit": limit},
-        )
-        taken = [row[0] for row in cursor.fetchall()]
+        while limit > len(taken):
+            cursor.execute(
+                # Any of them, because several pumps look at the same time; written in one order, so that none waits for another in a ring.
+                "WITH free AS (SELECT c.id FROM consumers_consumer c LEFT JOIN turns x ON x.consumer = c.id"
+                " WHERE c.kind = 'push' AND c.status = 'active' AND (x.consumer IS NULL OR x.until < clock_timestamp())"
+                " ORDER BY random() LIMIT %(limit)s),"
+                " taken AS (INSERT INTO turns AS t (consumer, holder, token, pid, host, until)"
+                " SELECT id, %(holder)s, gen_random_uuid(), %(pid)s, %(host)s, clock_timestamp() + %(turn)s * interval '1 s'"
+                " FROM free ORDER BY id"
+                " ON CONFLICT (consumer) DO UPDATE SET holder = excluded.holder, token = excluded.token, pid = excluded.pid,"
+                " host = excluded.host, until = excluded.until WHERE t.until < clock_timestamp() RETURNING consumer)"
+                " SELECT (SELECT count(*) FROM free), (SELECT array_agg(consumer) FROM taken)",
+                {"holder": holder, "pid": os.getpid(), "host": socket.gethostname(), "turn": TURN_S, "limit": limit - len(taken)},
+            )
+            free, got = cursor.fetchone() or (0, None)
+            taken += got or []
+            if free == len(got or []):
+                break  # else somebody was faster with some: there may be others
         if taken:
             cursor.execute(
                 "UPDATE leases SET until = clock_timestamp() WHERE consumer = ANY (%s) AND holder IS DISTINCT FROM %s"
