@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from typing import Any
 from uuid import uuid4
 
+import psycopg
 from django.conf import settings
 from django.db import DatabaseError, connection
 from django_q.brokers import get_broker
@@ -22,7 +24,7 @@ from django_q.tasks import async_task
 from redis.exceptions import RedisError
 
 from consumers.store import backfills, lifecycle, turns
-from consumers.store.connection import why_away
+from consumers.store.connection import store_connection, why_away
 from delivery.chores import Chores
 from delivery.push.tasks import PUMP_TASK
 
@@ -96,6 +98,37 @@ class Cluster:
 
     def _called(self) -> str:
         return self.queue or "push"
+
+
+class Notices:
+    """Hears when turns are given up: a slot may be free."""
+
+    def __init__(self) -> None:
+        self._listening: psycopg.Connection[Any] | None = None
+
+    def listen(self) -> None:
+        """Begin, unless it does already."""
+        if self._listening is None:
+            self._listening = store_connection(application_name="sequin watcher")
+            self._listening.execute("LISTEN sequin_turns")
+
+    def wait(self, longest_s: float) -> bool:
+        """Until there is a notice; false when there was none."""
+        if self._listening is None:
+            time.sleep(longest_s)
+            return False
+        try:
+            # Only then psycopg: its own wait costs more than all the watcher's looks.
+            readable, _, _ = select.select([self._listening], [], [], longest_s)
+            return bool(readable) and any(True for _ in self._listening.notifies(timeout=0))
+        except (psycopg.Error, OSError):
+            self.close()
+            return False
+
+    def close(self) -> None:
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
 
 
 class PushKeeper:
@@ -175,6 +208,7 @@ class Watcher:
     def __init__(self, workers: int) -> None:
         self._push = PushKeeper(workers)
         self._replay = ReplayKeeper()
+        self._notices = Notices()
         self._stopping = False
 
     def stop(self, *_: Any) -> None:
@@ -193,15 +227,19 @@ class Watcher:
                     if now >= push_at:
                         push_at = now + LOOK_EVERY_S
                         self._push.look(now)
+                        self._notices.listen()
                     if now >= replay_at:
                         replay_at = now + self._replay.look(now)
-                except (DatabaseError, OSError, RedisError) as error:
+                except (DatabaseError, psycopg.Error, OSError, RedisError) as error:
                     log.warning("the store or the broker is away: %s", why_away(error))
                     connection.close()
                     self._push.forgive()
                     push_at = replay_at = now + LOOK_EVERY_S
-                time.sleep(TICK_S)
+                if self._notices.wait(TICK_S):
+                    # A moment later: a task that waits in the cluster already begins by itself.
+                    push_at = min(push_at, time.monotonic() + TICK_S)
         finally:
+            self._notices.close()
             self._end()
             chores.stop()
 

@@ -149,8 +149,8 @@ globals().update(ENV.email or {})
 
 SEQUIN_SENDER = "delivery.push.once.post"  # how the console sends a test message
 
-# A pump's slice is 60 s and an endpoint's timeout at most 60 s more; delivery/checks.py keeps these three apart.
-PUMP_SLICE_S = 60
+# A pump's slice is 120 s at most and an endpoint's timeout 60 s more; delivery/checks.py keeps these three apart.
+PUMP_SLICE_S = 120
 Q_CLUSTER: dict[str, Any] = {
     "name": "sequin",
     "workers": ENV.workers,

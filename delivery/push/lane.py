@@ -73,6 +73,7 @@ class EndpointState:
     hold_until: float = 0.0  # no request before: the breaker's pause, or a Retry-After
     opened: int = 0  # how often the breaker has opened
     in_flight: int = 0
+    is_slow: bool = True  # its last answer was, or there was none yet
 
     @property
     def is_open(self) -> bool:
@@ -95,6 +96,7 @@ class EndpointState:
         """It was edited: what it did before says nothing any more."""
         self.failures = self.troubles = 0
         self.hold_until = 0.0
+        self.is_slow = True
 
     def hold(self, until: float) -> None:
         self.hold_until = max(self.hold_until, until)
@@ -188,8 +190,8 @@ class Lane:
         return batch
 
     def waits_for_answers(self, now: float, longer_than_s: float) -> bool:
-        """Something is in flight for so long already, at an endpoint that does answer."""
-        return not self.endpoint.is_open and any(now - at > longer_than_s for at in self.departed.values())
+        """Something is in flight for so long already, or may be, at an endpoint that does answer."""
+        return not self.endpoint.is_open and any(self.endpoint.is_slow or now - at > longer_than_s for at in self.departed.values())
 
     def succeeded(self) -> None:
         """A request was answered well: more at a time, doubling at first, one by one on the ramp."""

@@ -42,7 +42,7 @@ TICK_S = 0.25
 RENEW_TURNS_S = 1.0
 RENEW_LEASES_S = 4.0
 SWEEP_S = 1.0
-SLOW_S = 0.5  # an answer that takes longer is not cut off when a slice ends
+SLOW_S = 0.5  # an answer that takes longer is awaited before a slice ends, while the other lanes go on
 WIND_DOWN_S = 30.0  # but awaited no longer than so
 LAST_ANSWERS_S = 4.0
 ACKS_EVERY_S = 0.003
@@ -86,7 +86,11 @@ class Pump:
         self.holder = uuid4()
         self._stopping = stopping
         self._stopped = False
-        self._ending = False  # no turns are taken any more
+        self._cluster = os.environ.get("SEQUIN_CLUSTER", "")
+        self._retired = False  # the slice is over: the other pumps share without this one
+        self._ending = False  # nothing is sent and no turns are taken any more
+        self._drained = False  # a lane that sends no more has had its last answer
+        self._look_for_turns = False  # somebody gave turns up, or began or ceased to share
         self._events: queue.SimpleQueue[Outcome | Notice | Transformed] = queue.SimpleQueue()
         self._transforms = ThreadPoolExecutor(TRANSFORMS, "transform")
         self._transport = Transport(self._events, settings.SEQUIN_ALLOWED_NETWORKS)
@@ -106,6 +110,7 @@ class Pump:
         listener = threading.Thread(target=self._listen, name="push-listener", daemon=True)
         listener.start()
         try:
+            turns.join(self._cluster)
             while self._may_run() and time.monotonic() < end:
                 self._round()
             self._wind_down()
@@ -132,6 +137,8 @@ class Pump:
         # Acks are gathered while answers keep coming in, and written before anybody waits.
         if not self._take_in(ACKS_EVERY_S if self._acks else TICK_S) or self._gathered >= ACKS_AT_ONCE:
             self._acknowledge()
+        if self._drained:
+            self._release_quiet()
 
     # Turns and leases ---------------------------------------------------------------------------------------------
 
@@ -140,12 +147,15 @@ class Pump:
         if now - self._renewed_at >= RENEW_TURNS_S:
             self._renewed_at = now
             self._hold_turns()
+        elif self._look_for_turns and not self._ending:
+            self._share()
+            self._release_quiet()
         if now - self._leases_at >= RENEW_LEASES_S:
             self._leases_at = now
             self._renew_leases()
 
     def _hold_turns(self) -> None:
-        lifecycle.beat("pump", os.environ.get("SEQUIN_CLUSTER", ""))
+        turns.beat(self._cluster, ending=self._retired)
         self._clock_ahead_s = lifecycle.clock().timestamp() - time.time()
         held = turns.renew(self.holder)
         for consumer_id, lane in list(self._lanes.items()):
@@ -156,19 +166,21 @@ class Pump:
             if lane.paused:
                 self._hand_back_pending(lane)
             lane.hungry = lane.hungry or was_paused
-        self._release_quiet()
         if not self._ending:
             self._share()
+        self._release_quiet()
 
     def _share(self) -> None:
         """As many consumers as each pump should serve: give turns up, or take some."""
+        self._look_for_turns = False
         active, pumps = turns.shares()
+        if self._retired and pumps:
+            return  # there are others to take what is free
         share = -(-active // max(pumps, 1))
         mine = [lane for lane in self._lanes.values() if not lane.is_quiet]
         if len(mine) > share:
             for lane in sorted(mine, key=lambda lane: len(lane.flights))[: len(mine) - share]:
                 self._leave(lane)
-            self._release_quiet()
         elif len(mine) < share:
             for target in _load_targets(set(turns.take(self.holder, share - len(mine)))):
                 self._lanes[target.consumer_id] = Lane(target, self._endpoints[target.endpoint_id])
@@ -180,8 +192,9 @@ class Pump:
 
     def _release_quiet(self) -> None:
         """Give up the turns of lanes that are to go and have nothing in flight any more."""
+        self._drained = False
         done = [consumer_id for consumer_id, lane in self._lanes.items() if lane.is_quiet and not lane.flights]
-        if done and not self._ending:
+        if done:
             self._acknowledge()
             for consumer_id in done:
                 del self._lanes[consumer_id]
@@ -318,6 +331,8 @@ class Pump:
             if lane is None or not batch:
                 continue  # the lease was lost meanwhile; whoever has it now delivers again
             lane.hungry = True
+            lane.endpoint.is_slow = outcome.duration_ms > SLOW_S * 1000
+            self._drained = self._drained or (lane.is_quiet and not lane.flights)
             if outcome.ok:
                 lane.succeeded()
                 self._acks[outcome.tag.consumer_id].extend((item.token, item.message.id) for item in batch)
@@ -376,7 +391,7 @@ class Pump:
         if notice.channel == "sequin_config":
             self._reconfigure()
         elif notice.channel == "sequin_turns":
-            self._renewed_at = 0.0  # somebody gave turns up: take what is ours at once
+            self._look_for_turns = True
         elif notice.channel == "sequin_stop":
             self._stopped = self._stopped or notice.payload == os.environ.get("SEQUIN_CLUSTER")
         else:
@@ -441,7 +456,7 @@ class Pump:
 
     def _wind_down(self) -> None:
         """The slice is over: let slow answers come, while the other lanes go on, so that none is cut off and sent again."""
-        self._ending = True
+        self._retire()
         deadline = time.monotonic() + WIND_DOWN_S
         while self._may_run() and (now := time.monotonic()) < deadline:
             slow = [lane for lane in self._lanes.values() if lane.waits_for_answers(now, SLOW_S)]
@@ -451,17 +466,26 @@ class Pump:
                 self._leave(lane)
             self._round()
 
+    def _retire(self) -> None:
+        if not self._retired:
+            self._retired = True
+            turns.retire(self._cluster)
+            self._renewed_at = 0.0
+
     def _finish(self) -> None:
-        """Leave nothing behind: what was not sent, or not answered, goes back."""
+        """Leave nothing behind: what was not sent, or not answered, goes back. Each turn goes as soon as it can."""
         try:
             self._ending = True
+            self._retire()
             for lane in self._lanes.values():
                 self._leave(lane)
+            self._take_in(0.0)
+            self._release_quiet()
             # What is in flight may be answered in a moment; given back, it would be sent twice.
             deadline = time.monotonic() + LAST_ANSWERS_S
-            self._take_in(0.0)
             while self._awaits_answers() and (left := deadline - time.monotonic()) > 0:
                 self._take_in(min(left, TICK_S))
+                self._release_quiet()
                 self._hold_on(time.monotonic())
             self._acknowledge()
             self._record()

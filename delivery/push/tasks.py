@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 
 from django.conf import settings
@@ -19,6 +20,7 @@ def pump() -> None:
     parent = os.getppid()
     connection.close()  # nothing is inherited over a fork
     try:
-        Pump(stopping=lambda: os.getppid() != parent).run(settings.PUMP_SLICE_S)
+        # Not all at the same time: one that ends leaves its consumers to the others meanwhile.
+        Pump(stopping=lambda: os.getppid() != parent).run(settings.PUMP_SLICE_S * random.uniform(0.5, 1.0))
     finally:
         connection.close()

@@ -200,7 +200,10 @@ def test_a_lane_that_is_paused_or_leaves_claims_and_sends_nothing() -> None:
 def test_answers_are_awaited_from_endpoints_that_answer() -> None:
     one = lane()
     one.pending = [held(1, 1)]
+    assert not one.waits_for_answers(10.0, 0.5), "nothing is in flight"
     send(one, 1, now=10.0)
+    assert one.waits_for_answers(10.0, 0.5), "nobody knows how soon it answers"
+    one.endpoint.is_slow = False
     assert not one.waits_for_answers(10.4, 0.5) and one.waits_for_answers(10.6, 0.5)
     for _ in range(retry.FAILURES_TO_OPEN):
         one.failed(10.0, None)

@@ -15,7 +15,7 @@ from standardwebhooks import Webhook
 
 from consumers import changes
 from consumers.models import Consumer, HttpEndpoint
-from consumers.store import lifecycle
+from consumers.store import lifecycle, turns
 from delivery.push import retry
 from delivery.push.pump import Pump
 from tests.conftest import ROOT, process_environment, wait_until
@@ -306,6 +306,26 @@ def turns_of(pump: Pump) -> int:
         return int(cursor.fetchone()[0])
 
 
+def longest_turn_s(pump: Pump) -> float:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT coalesce(extract(epoch FROM max(until) - clock_timestamp()), 0) FROM turns WHERE holder = %s", [pump.holder])
+        return float(cursor.fetchone()[0])
+
+
+def ends(made: Pump, slice_s: float) -> threading.Thread:
+    """Let a pump run for so long; the thread ends with it."""
+
+    def run() -> None:
+        try:
+            made.run(slice_s)
+        finally:
+            connection.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
 def test_turns_move_to_another_pump_without_a_message_sent_twice(log: Log, endpoint: Any, pump: Any) -> None:
     where = endpoint()
     release = held_back(where)
@@ -333,16 +353,8 @@ def test_the_end_of_a_slice_cuts_no_slow_answer_off(log: Log, endpoint: Any) -> 
     slow, other = push_to(log, where, timeout_ms=60_000), push_to(log, quick)
     log.append(log.row(1))
     made = Pump()
-
-    def run() -> None:
-        try:
-            made.run(0.5)
-        finally:
-            connection.close()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    wait_until(lambda: made._ending and any(lane.leaving for lane in made._lanes.values()), 10, "the slice to end")
+    thread = ends(made, 0.5)
+    wait_until(lambda: made._retired and any(lane.leaving for lane in made._lanes.values()), 10, "the slice to end")
     log.append(log.row(2))
     delivered(other, 2)  # the others go on meanwhile
     release.set()
@@ -350,6 +362,110 @@ def test_the_end_of_a_slice_cuts_no_slow_answer_off(log: Log, endpoint: Any) -> 
     assert not thread.is_alive()
     delivered(slow, 1)
     assert where.ids.count(1) == 1
+
+
+def test_a_pump_that_ends_gives_up_all_other_turns_before_the_last_answer(log: Log, endpoint: Any, pump: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("delivery.push.pump.LAST_ANSWERS_S", 60.0)
+    where, quick = endpoint(), endpoint()
+    slow, others = push_to(log, where, timeout_ms=60_000), [push_to(log, quick) for _ in range(4)]
+    log.append(log.row(1))
+    first = pump()
+    for consumer in [slow, *others]:
+        delivered(consumer, 1)
+    release = held_back(where)
+    log.append(log.row(2))
+    wait_until(lambda: where.ids == [1, 2], 10, "the request")
+    first._stopped = True
+    second = pump()
+    log.append(log.row(3))
+    for consumer in others:
+        delivered(consumer, 3)
+    assert turns_of(first) == 1 and turns_of(second) == 4 and where.ids == [1, 2]
+    release.set()
+    delivered(slow, 3)
+    assert sorted(where.ids) == [1, 2, 3] and sorted(quick.ids) == [1] * 4 + [2] * 4 + [3] * 4
+    assert turns_of(second) == 5
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_an_answer_that_is_awaited_at_the_end_of_a_slice_holds_up_no_other_slow_endpoint(
+    log: Log, endpoint: Any, pump: Any, others: int
+) -> None:
+    hanging, slow = endpoint(), endpoint()
+    release_hanging, release_slow = held_back(hanging), held_back(slow)
+    last, other = push_to(log, hanging, timeout_ms=60_000), push_to(log, slow, timeout_ms=60_000)
+    log.append(log.row(1))
+    made = Pump()
+    thread = ends(made, 0.5)
+    try:
+        wait_until(lambda: made._retired and sum(lane.leaving for lane in made._lanes.values()) == 2, 10, "the slice to end")
+        takes_over = pump() if others else made
+        log.append(log.row(2))
+        assert turns_of(made) == 2, "not before what is in flight is answered"
+        release_slow.set()
+        delivered(other, 2)
+        assert turns_of(takes_over) == 2 - others and thread.is_alive()
+        release_hanging.set()
+        thread.join(20)
+        takes_over = takes_over if others else pump()
+        delivered(last, 2)
+        assert sorted(hanging.ids) == sorted(slow.ids) == [1, 2]
+    finally:
+        release_slow.set()
+        release_hanging.set()
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_a_pump_that_awaits_an_answer_takes_over_from_one_that_ends(log: Log, endpoint: Any, pump: Any) -> None:
+    where, quick = endpoint(), endpoint()
+    release = held_back(where)
+    slow, other = push_to(log, where, timeout_ms=60_000), push_to(log, quick, status="paused")
+    log.append(log.row(1))
+    made = Pump()
+    thread = ends(made, 0.5)
+    try:
+        wait_until(lambda: made._retired and any(lane.leaving for lane in made._lanes.values()), 10, "the slice to end")
+        second = pump()
+        wait_until(lambda: turns.shares()[1] == 1, 10, "the other to begin")
+        resumed = Consumer.objects.get(pk=other)
+        resumed.status = "active"
+        changes.save(resumed)
+        delivered(other, 1)
+        assert turns_of(second) == 1, "one that ends takes nothing while there is another"
+        second._stopped = True
+        wait_until(lambda: turns_of(made) == 2, 10, "the turn to be taken over")
+        log.append(log.row(2))
+        delivered(other, 2)
+        assert thread.is_alive() and where.ids == [1]
+    finally:
+        release.set()
+        thread.join(20)
+    assert not thread.is_alive()
+    delivered(slow, 1)
+
+
+def test_a_turn_goes_with_the_last_answer(log: Log, endpoint: Any, pump: Any, monkeypatch: Any) -> None:
+    """Not only when turns are next looked at: what a pump that has just begun should serve waits meanwhile."""
+    where = endpoint()
+    release = held_back(where)
+    for _ in range(4):
+        push_to(log, where, timeout_ms=60_000)
+    log.append(log.row(1))
+    first = pump()
+    wait_until(lambda: len(where.got) == 4, 10, "a request of each")
+    # Never again by the clock; only this process, the other pump has its own.
+    monkeypatch.setattr("consumers.store.turns.TURN_S", 3600.0)
+    wait_until(lambda: longest_turn_s(first) > 60, 10, "the turns to be held for longer")
+    monkeypatch.setattr("delivery.push.pump.RENEW_TURNS_S", 30.0)
+    second = pump_process()
+    try:
+        wait_until(lambda: sum(lane.leaving for lane in first._lanes.values()) == 2, 10, "two to be given up as soon as it has begun")
+        release.set()
+        wait_until(lambda: turns_of(first) == 2, 10, "the turns to be shared")
+    finally:
+        second.kill()
+        second.wait()
 
 
 def test_a_probe_that_hangs_holds_up_no_end_of_a_slice(log: Log, endpoint: Any, pump: Any, monkeypatch: Any) -> None:
