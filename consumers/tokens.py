@@ -118,18 +118,24 @@ def forget() -> None:
         _cache.clear()
 
 
+def recognise(request: Any) -> Caller:
+    """Whose token the request carries. Raises DRF's AuthenticationFailed, and Throttled past the token's rate."""
+    plain = token_of(request)
+    if not plain:
+        raise AuthenticationFailed("expected the header Authorization: Bearer TOKEN")
+    caller = find_caller(plain)
+    if caller is None:
+        raise AuthenticationFailed("the token is unknown, revoked or expired")
+    if caller.rate_limit is not None and not _admit(caller.token_id, caller.rate_limit, time.monotonic()):
+        raise Throttled(1, f"more than {caller.rate_limit} requests a second with this token")
+    return caller
+
+
 class TokenAuthentication(BaseAuthentication):
     """`Authorization: Bearer TOKEN`."""
 
     def authenticate(self, request: Any) -> tuple[Caller, None]:
-        plain = token_of(request)
-        if not plain:
-            raise AuthenticationFailed("expected the header Authorization: Bearer TOKEN")
-        caller = find_caller(plain)
-        if caller is None:
-            raise AuthenticationFailed("the token is unknown, revoked or expired")
-        if caller.rate_limit is not None and not _admit(caller.token_id, caller.rate_limit, time.monotonic()):
-            raise Throttled(1, f"more than {caller.rate_limit} requests a second with this token")
+        caller = recognise(request)
         audit.acting_as(f"token {caller.name}", request.META.get("REMOTE_ADDR") or None)
         return caller, None
 

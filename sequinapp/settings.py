@@ -48,7 +48,6 @@ INSTALLED_APPS = [
     "delivery",
 ]
 MIDDLEWARE = [
-    "delivery.pull.shortcut.PullShortcut",
     "consumers.console_headers.ConsoleHeaders",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
