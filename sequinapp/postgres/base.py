@@ -1,31 +1,89 @@
-"""Django's Postgres backend with a pool that costs a request little: no query to see whether a connection lives, nothing set twice.
+"""Django's Postgres backend, lending connections: what one thread closes is kept open and is the next that any thread gets.
 
-Django's own health check is a query before each request: half of what a request of the pull API costs. A connection that the
-server has closed is known by its socket: something is there to be read. And Django goes through all it does with a new
-connection whenever one comes from the pool, which cost half as much again.
+The web server's threads are many and its connections few. Django's own way, psycopg's pool, costs a request of the pull API
+a good part of what it costs in all: it takes all its connections in turn, so that the server's processes have nothing at hand
+when theirs comes; Django makes each ready anew as if it had just been opened; and asks it whether it lives, or else hands out
+dead ones. Here the last one given back is lent first. One that the server has closed is known by its socket: something is
+there to be read.
 """
 from __future__ import annotations
 
 import select
 import time
-from typing import Any
+from collections import deque
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
 
 import psycopg
+from django.conf import settings
 from django.db.backends.postgresql import base
+from psycopg.pq import TransactionStatus
+
+WITHIN_S = 10  # a connection becomes free, or there is none
+UNUSED_S, OLD_S = 600, 3600  # then it is closed; the server's process for it has grown by then
+
+
+class Kept(NamedTuple):
+    """An open connection that nobody uses."""
+
+    connection: psycopg.Connection[Any]
+    opened_at: float
+    since: float
+
+
+_kept: deque[Kept] = deque()  # the last one given back at the right
+_places: SimpleQueue[None] = SimpleQueue()
+for _ in range(settings.WEB_POOL_SIZE):
+    _places.put(None)
 
 
 class DatabaseWrapper(base.DatabaseWrapper):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._lender: Any = None
-        """The pool, once this thread has had a connection of it the long way."""
+    _opened_at = 0.0
 
     def connect(self) -> None:
-        if self._lender is None:
-            super().connect()
-            self._lender = self.pool
+        try:
+            _places.get(timeout=WITHIN_S)
+        except Empty:
+            raise psycopg.OperationalError(f"no connection became free within {WITHIN_S} s") from None
+        try:
+            if not self._borrow():
+                super().connect()
+                self._opened_at = time.monotonic()
+        except BaseException:
+            connection, self.connection = self.connection, None
+            if connection is not None:
+                connection.close()
+            _places.put(None)
+            raise
+
+    def close(self) -> None:
+        if self.connection is None:
             return
-        # What Django's connect() does anew each time, as far as it is not the same each time.
+        if self.in_atomic_block:
+            self.closed_in_transaction = self.needs_rollback = True
+        connection, self.connection = self.connection, None
+        self.run_on_commit = []
+        try:
+            now = time.monotonic()
+            idle = connection.pgconn.transaction_status == TransactionStatus.IDLE  # not of a closed or broken one
+            if idle and connection.autocommit and now - self._opened_at < OLD_S:
+                _kept.append(Kept(connection, self._opened_at, now))
+            else:
+                connection.close()
+        finally:
+            _places.put(None)
+        _close_unused(now)
+
+    def _borrow(self) -> bool:
+        """Take one that is kept. What Django's connect() does with a new one was done, but for the state of this wrapper."""
+        while True:
+            try:
+                kept = _kept.pop()
+            except IndexError:
+                return False
+            if not _is_gone(kept.connection):
+                break
+            kept.connection.close()
         self.in_atomic_block = False
         self.savepoint_ids = []
         self.atomic_blocks = []
@@ -33,37 +91,11 @@ class DatabaseWrapper(base.DatabaseWrapper):
         self.closed_in_transaction = False
         self.errors_occurred = False
         self.health_check_done = True
-        self.close_at = time.monotonic()  # CONN_MAX_AGE is 0 with a pool
+        self.close_at = kept.since  # long ago: at the end of a request it is closed, which here means given back
         self.run_on_commit = []
-        self.connection = self._borrow()
-        if not self.connection.autocommit:  # it was given back in the middle of a transaction
-            self.connection.autocommit = True
         self.autocommit = True
-
-    def close(self) -> None:
-        if self._lender is None or self.in_atomic_block:
-            super().close()
-        elif self.connection is not None:
-            connection, self.connection = self.connection, None
-            self.run_on_commit = []
-            with self.wrap_database_errors:
-                self._lender.putconn(connection)
-
-    def get_new_connection(self, conn_params: Any) -> Any:
-        connection = super().get_new_connection(conn_params)
-        return connection if self.pool is None else self._living(connection)
-
-    def _borrow(self) -> psycopg.Connection[Any]:
-        return self._living(self._lender.getconn())
-
-    def _living(self, connection: psycopg.Connection[Any]) -> psycopg.Connection[Any]:
-        """This one of the pool, or another when the server has closed it."""
-        # At most as many as the pool holds: then it makes new ones, or raises.
-        while _is_gone(connection):
-            connection.close()
-            self.pool.putconn(connection)
-            connection = self.pool.getconn()
-        return connection
+        self.connection, self._opened_at = kept.connection, kept.opened_at
+        return True
 
 
 def _is_gone(connection: psycopg.Connection[Any]) -> bool:
@@ -73,3 +105,17 @@ def _is_gone(connection: psycopg.Connection[Any]) -> bool:
     poll = select.poll()  # not select(): there may be thousands of files open
     poll.register(connection.fileno(), select.POLLIN | select.POLLHUP | select.POLLERR)
     return bool(poll.poll(0))
+
+
+def _close_unused(now: float) -> None:
+    """The one at the left is the longest unused. Two threads may look at it at once, and one of them finds another."""
+    try:
+        if now - _kept[0].since < UNUSED_S:
+            return
+        oldest = _kept.popleft()
+    except IndexError:
+        return
+    if now - oldest.since < UNUSED_S:
+        _kept.appendleft(oldest)
+    else:
+        oldest.connection.close()
