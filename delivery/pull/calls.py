@@ -16,11 +16,12 @@ from django.http import QueryDict
 from rest_framework.exceptions import PermissionDenied
 
 from consumers.api.body import read_object
+from consumers.queueing import FairSemaphore
 from consumers.store import claims, lifecycle
 from consumers.tokens import Caller, recognise
 from delivery.pull import directory, parameters, receipts
 from delivery.pull.directory import Receiver
-from delivery.pull.gates import Places, at_store
+from delivery.pull.gates import at_store
 from delivery.pull.waiting import room
 from delivery.transforming import Outgoing, make, settle
 
@@ -29,7 +30,7 @@ TRANSFORM_S = 5.0  # of one receive, and at most a quarter of the time the messa
 LOOKED_AT = 500  # messages at once, when a function drops what it gets
 
 # Claims take turns for connections, so that a thousand waiters leave some to everybody else.
-_claiming = Places(max(1, settings.WEB_POOL_SIZE - 6))
+_claiming = FairSemaphore(max(1, settings.WEB_POOL_SIZE - 6))
 
 
 def admit(request: Any) -> Caller:

@@ -5,34 +5,20 @@ So a consumer with hundreds of receivers leaves connections to all others, and t
 from __future__ import annotations
 
 import threading
-from queue import SimpleQueue
 from uuid import UUID
 
 from django.db import connection
 
+from consumers.queueing import FairSemaphore
+
 AT_ONCE = 2  # one at work, and one that begins the moment it has ended
 
 
-class Places:
-    """What a semaphore is, but waiting, taking and giving back run no Python."""
-
-    def __init__(self, count: int) -> None:
-        self._free: SimpleQueue[None] = SimpleQueue()
-        for _ in range(count):
-            self._free.put(None)
-
-    def __enter__(self) -> None:
-        self._free.get()
-
-    def __exit__(self, *_: object) -> None:
-        self._free.put(None)
-
-
 class _Gate:
-    __slots__ = ("places", "users")
+    __slots__ = ("free", "users")
 
     def __init__(self) -> None:
-        self.places = Places(AT_ONCE)
+        self.free = FairSemaphore(AT_ONCE)
         self.users = 0
 
 
@@ -56,14 +42,14 @@ class at_store:
                 gate = _gates[self._consumer_id] = _Gate()
             gate.users += 1
         self._gate = gate
-        gate.places.__enter__()
+        gate.free.acquire()
 
     def __exit__(self, *_: object) -> None:
         gate = self._gate
         try:
             connection.close()
         finally:
-            gate.places.__exit__()
+            gate.free.release()
             with _lock:
                 gate.users -= 1
                 if not gate.users:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import select
 import time
 from collections import deque
-from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import psycopg
 from django.conf import settings
 from django.db.backends.postgresql import base
 from psycopg.pq import TransactionStatus
+
+from consumers.queueing import FairSemaphore
 
 WITHIN_S = 10  # a connection becomes free, or there is none
 UNUSED_S, OLD_S = 600, 3600  # then it is closed; the server's process for it has grown by then
@@ -32,19 +33,15 @@ class Kept(NamedTuple):
 
 
 _kept: deque[Kept] = deque()  # the last one given back at the right
-_places: SimpleQueue[None] = SimpleQueue()
-for _ in range(settings.WEB_POOL_SIZE):
-    _places.put(None)
+_places = FairSemaphore(settings.WEB_POOL_SIZE)
 
 
 class DatabaseWrapper(base.DatabaseWrapper):
     _opened_at = 0.0
 
     def connect(self) -> None:
-        try:
-            _places.get(timeout=WITHIN_S)
-        except Empty:
-            raise psycopg.OperationalError(f"no connection became free within {WITHIN_S} s") from None
+        if not _places.acquire(WITHIN_S):
+            raise psycopg.OperationalError(f"no connection became free within {WITHIN_S} s")
         try:
             if not self._borrow():
                 super().connect()
@@ -53,7 +50,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
             connection, self.connection = self.connection, None
             if connection is not None:
                 connection.close()
-            _places.put(None)
+            _places.release()
             raise
 
     def close(self) -> None:
@@ -71,7 +68,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
             else:
                 connection.close()
         finally:
-            _places.put(None)
+            _places.release()
         _close_unused(now)
 
     def _borrow(self) -> bool:

@@ -276,6 +276,11 @@ def waiting_for_locks(conn: Any) -> int:
     return int(conn.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted").fetchone()[0])
 
 
+def waiting_for_table(conn: Any, table: str) -> int:
+    query = "SELECT count(*) FROM pg_locks WHERE relation = %s::regclass AND NOT granted"
+    return int(conn.execute(query, [table]).fetchone()[0])
+
+
 def test_the_answer_is_json_whatever_the_client_accepts(world: World) -> None:
     path = f"/api/http_pull_consumers/{world.consumer().name}/receive?format=xml"
     assert world.client.call("GET", path, Accept="text/xml").body == {"data": []}

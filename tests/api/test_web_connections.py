@@ -30,7 +30,7 @@ def of_threads() -> Iterator[Any]:
         one.close()
     while base._kept:
         base._kept.pop().connection.close()
-    assert base._places.qsize() == settings.WEB_POOL_SIZE
+    assert base._places._free == settings.WEB_POOL_SIZE
 
 
 def pid(wrapper: DatabaseWrapper) -> int:
