@@ -25,6 +25,7 @@ from rest_framework.permissions import BasePermission
 
 from consumers import audit
 from consumers.models import ApiToken, Consumer
+from consumers.queueing import OneByOne
 
 PREFIX = "sqn_"
 CACHE_S = 5.0
@@ -55,7 +56,9 @@ class Caller:
 _cache: dict[str, tuple[float, Caller]] = {}
 _used: dict[UUID, float] = {}
 _buckets: dict[UUID, tuple[float, float]] = {}  # token → requests left, when counted
+_forgotten = 0
 _lock = threading.Lock()
+_loading = OneByOne()  # a thousand who come at once look it up once
 
 
 def new_secret() -> tuple[str, str, str]:
@@ -82,20 +85,13 @@ def find_caller(plain: str) -> Caller | None:
     if not plain:
         return None
     digest = _hash(plain)
-    known = _cache.get(digest)
     now = time.monotonic()
-    if known is not None and known[0] > now:
-        caller = known[1]
-    else:
-        found = _load(digest)
-        if found is None:
-            _cache.pop(digest, None)
+    caller = _known(digest, now)
+    if caller is None:
+        with _loading.alone(digest):
+            caller = _known(digest, now) or _load_and_keep(digest, now)
+        if caller is None:
             return None
-        caller = found
-        with _lock:
-            if len(_cache) >= CACHE_SIZE:
-                _cache.clear()
-            _cache[digest] = (now + CACHE_S, caller)
     if caller.expires_at is not None and caller.expires_at <= timezone.now():
         return None
     if _used.get(caller.token_id, -USED_EVERY_S) + USED_EVERY_S <= now:
@@ -114,22 +110,48 @@ def revoke_orphans(sender: Any, instance: Consumer, **_: Any) -> None:
 
 def forget() -> None:
     """Look every token up again: one was revoked or changed."""
+    global _forgotten
     with _lock:
         _cache.clear()
+        _forgotten += 1
+
+
+def _known(digest: str, now: float) -> Caller | None:
+    known = _cache.get(digest)
+    return None if known is None or known[0] <= now else known[1]
+
+
+def _load_and_keep(digest: str, now: float) -> Caller | None:
+    forgotten = _forgotten
+    caller = _load(digest)
+    with _lock:
+        if caller is None:
+            _cache.pop(digest, None)
+        elif forgotten == _forgotten:  # else it may be from before the change
+            if len(_cache) >= CACHE_SIZE:
+                _cache.clear()
+            _cache[digest] = (now + CACHE_S, caller)
+    return caller
+
+
+def recognise(request: Any) -> Caller:
+    """Whose token the request carries. Raises DRF's AuthenticationFailed, and Throttled past the token's rate."""
+    plain = token_of(request)
+    if not plain:
+        raise AuthenticationFailed("expected the header Authorization: Bearer TOKEN")
+    caller = find_caller(plain)
+    if caller is None:
+        raise AuthenticationFailed("the token is unknown, revoked or expired")
+    if caller.rate_limit is not None and not _admit(caller.token_id, caller.rate_limit, time.monotonic()):
+        raise Throttled(1, f"more than {caller.rate_limit} requests a second with this token")
+    return caller
 
 
 class TokenAuthentication(BaseAuthentication):
     """`Authorization: Bearer TOKEN`."""
 
     def authenticate(self, request: Any) -> tuple[Caller, None]:
-        plain = token_of(request)
-        if not plain:
-            raise AuthenticationFailed("expected the header Authorization: Bearer TOKEN")
-        caller = find_caller(plain)
-        if caller is None:
-            raise AuthenticationFailed("the token is unknown, revoked or expired")
-        if caller.rate_limit is not None and not _admit(caller.token_id, caller.rate_limit, time.monotonic()):
-            raise Throttled(1, f"more than {caller.rate_limit} requests a second with this token")
+        caller = recognise(request)
         audit.acting_as(f"token {caller.name}", request.META.get("REMOTE_ADDR") or None)
         return caller, None
 

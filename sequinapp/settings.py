@@ -48,7 +48,6 @@ INSTALLED_APPS = [
     "delivery",
 ]
 MIDDLEWARE = [
-    "delivery.pull.shortcut.PullShortcut",
     "consumers.console_headers.ConsoleHeaders",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
@@ -113,9 +112,8 @@ def _database() -> dict[str, Any]:
     database["CONN_MAX_AGE"] = 0 if IS_WEB else None
     database["OPTIONS"] = {"connect_timeout": 10, **database.get("OPTIONS", {})}
     if IS_WEB:
-        database["ENGINE"] = "sequinapp.postgres"  # a connection from the pool may be older than the server
         # A long poll gives its connection back, so a few serve a thousand waiters.
-        database["OPTIONS"]["pool"] = {"min_size": 2, "max_size": WEB_POOL_SIZE, "timeout": 10}
+        database["ENGINE"] = "sequinapp.postgres"
     return database
 
 

@@ -7,6 +7,8 @@ from django.urls import include, path
 from django.views.defaults import bad_request, page_not_found, server_error
 from django.views.generic import RedirectView
 
+from consumers.api.errors import mistake
+
 urlpatterns = [
     path("", RedirectView.as_view(pattern_name="admin:index")),
     path("admin/", admin.site.urls),
@@ -36,7 +38,7 @@ def refused(request: HttpRequest, exception: Exception) -> HttpResponseBase:
 
 def failed(request: HttpRequest) -> HttpResponse:
     if _in_api(request):
-        return JsonResponse({"summary": "the server made a mistake; its log says more"}, status=500)
+        return mistake()
     return server_error(request)
 
 

@@ -12,14 +12,18 @@ DRAINED_BYTES = 32 * 1024 * 1024  # of a body that nobody wanted; whoever sends 
 
 _django = get_wsgi_application()
 
+from delivery.pull.shortcut import PullShortcut  # noqa: E402  (needs the apps, which are loaded by now)
+
+_answer = PullShortcut(_django)
+
 
 def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    """Django's answer, once the request has been taken in.
+    """The answer, once the request has been taken in.
 
     Most clients look for no answer before they have sent all. One that is refused early, for its size or its token, would
     see a broken connection and not why.
     """
-    answer: Iterable[bytes] = _django(environ, start_response)
+    answer = _answer(environ, start_response)
     if int(environ.get("CONTENT_LENGTH") or 0) > FITS_IN_FLIGHT or "HTTP_TRANSFER_ENCODING" in environ:
         left = DRAINED_BYTES
         while left > 0 and (piece := environ["wsgi.input"].read(min(left, FITS_IN_FLIGHT))):

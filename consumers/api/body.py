@@ -31,8 +31,9 @@ def read_object(request: Any, numbers: Numbers | None = None) -> dict[str, Any]:
     body = _body(getattr(request, "_request", request))
     if not body.strip():
         return {}
+    decoder = _DECODER if numbers is None else json.JSONDecoder(parse_constant=_refuse_constant, parse_float=numbers.kept)
     try:
-        value = json.loads(body, parse_constant=_refuse_constant, parse_float=numbers.kept if numbers else None)
+        value = decoder.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
     except (ValueError, RecursionError) as error:
         raise BadParameter(f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -62,3 +63,6 @@ def _chunked(http: Any) -> bytes:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # made once: to make one costs more than to read a small body

@@ -78,6 +78,11 @@ def answer(error: Exception, context: Any = None) -> HttpResponse | None:
     return None
 
 
+def mistake() -> HttpResponse:
+    """What is said of an error that `answer` does not know."""
+    return _say(500, "the server made a mistake; its log says more")
+
+
 def _is_in_use(error: ValidationError) -> bool:
     if not hasattr(error, "error_dict"):
         return False

@@ -5,18 +5,20 @@ So a consumer with hundreds of receivers leaves connections to all others, and t
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from uuid import UUID
 
 from django.db import connection
+
+from consumers.queueing import FairSemaphore
 
 AT_ONCE = 2  # one at work, and one that begins the moment it has ended
 
 
 class _Gate:
+    __slots__ = ("free", "users")
+
     def __init__(self) -> None:
-        self.free = threading.BoundedSemaphore(AT_ONCE)
+        self.free = FairSemaphore(AT_ONCE)
         self.users = 0
 
 
@@ -24,18 +26,31 @@ _gates: dict[UUID, _Gate] = {}
 _lock = threading.Lock()
 
 
-@contextmanager
-def one_of_few(consumer_id: UUID) -> Iterator[None]:
-    """Wait until few enough others are at this consumer. Nobody waits here with a database connection."""
-    connection.close()
-    with _lock:
-        gate = _gates.setdefault(consumer_id, _Gate())
-        gate.users += 1
-    try:
-        with gate.free:
-            yield
-    finally:
+class at_store:
+    """Wait until few enough others are at this consumer. Neither who waits here nor who has been in holds a connection."""
+
+    __slots__ = ("_consumer_id", "_gate")
+
+    def __init__(self, consumer_id: UUID) -> None:
+        self._consumer_id = consumer_id
+
+    def __enter__(self) -> None:
+        connection.close()
         with _lock:
-            gate.users -= 1
-            if not gate.users:
-                del _gates[consumer_id]
+            gate = _gates.get(self._consumer_id)
+            if gate is None:
+                gate = _gates[self._consumer_id] = _Gate()
+            gate.users += 1
+        self._gate = gate
+        gate.free.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        gate = self._gate
+        try:
+            connection.close()
+        finally:
+            gate.free.release()
+            with _lock:
+                gate.users -= 1
+                if not gate.users:
+                    del _gates[self._consumer_id]

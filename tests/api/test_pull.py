@@ -276,6 +276,11 @@ def waiting_for_locks(conn: Any) -> int:
     return int(conn.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted").fetchone()[0])
 
 
+def waiting_for_table(conn: Any, table: str) -> int:
+    query = "SELECT count(*) FROM pg_locks WHERE relation = %s::regclass AND NOT granted"
+    return int(conn.execute(query, [table]).fetchone()[0])
+
+
 def test_the_answer_is_json_whatever_the_client_accepts(world: World) -> None:
     path = f"/api/http_pull_consumers/{world.consumer().name}/receive?format=xml"
     assert world.client.call("GET", path, Accept="text/xml").body == {"data": []}
@@ -287,6 +292,44 @@ def test_another_method_is_405_and_another_path_404(world: World) -> None:
     assert world.client.call("DELETE", f"{base}/receive").status == 405
     assert world.client.call("GET", f"{base}/ack").status == 405
     assert world.client.call("POST", f"{base}/consume", {}).status == 404
+
+
+def test_a_name_that_is_not_ours_gets_nothing(world: World) -> None:
+    consumer = world.consumer()
+    world.log.append([1])
+    for _ in range(2):
+        answer = world.client.call("POST", f"/api/http_pull_consumers/{consumer.name}/receive", {}, Host="elsewhere.example")
+        assert answer.status == 400 and answer.body == {"summary": "the request could not be read"}
+    assert world.client.receive(consumer.name).body["data"][0]["deliver_count"] == 1
+
+
+def test_what_django_answers_is_the_same(world: World) -> None:
+    """A method in small letters is no call in front of it, but to Django it is the same."""
+    consumer = world.consumer()
+    world.log.append([1])
+    path = f"/api/http_pull_consumers/{consumer.name}"
+    received = world.client.call("post", f"{path}/receive", {"batch_size": 5})
+    assert received.status == 200 and received.keys == [1]
+    for call, done in (("extend", "extended"), ("nack", "nacked")):
+        assert world.client.call("post", f"{path}/{call}", {"ack_ids": received.ack_ids}).body == {"success": True, done: 1, "stale": 0}
+    ack_ids = world.client.call("get", f"{path}/receive?batch_size=5").ack_ids
+    assert world.client.call("post", f"{path}/ack", {"ack_ids": ack_ids}).body == {"success": True, "acked": 1, "stale": 0}
+    for refused in (lambda method: world.client.call(method, f"{path}/ack", {}), lambda method: world.client.call(method, f"{path}x/ack", {})):
+        through, before = refused("post"), refused("POST")
+        assert (through.status, through.body) == (before.status, before.body)
+
+
+def test_a_mistake_of_ours_is_500_with_a_summary(world: World) -> None:
+    consumer = world.consumer()
+    with web_server() as (_, port), store_connection() as conn:
+        client = type(world.client)(port, world.client.token)
+        conn.execute("ALTER FUNCTION sequin_claim RENAME TO sequin_claim_away")
+        try:
+            answer = client.receive(consumer.name)
+        finally:
+            conn.execute("ALTER FUNCTION sequin_claim_away RENAME TO sequin_claim")
+        assert answer.status == 500 and set(answer.body) == {"summary"}
+        assert client.receive(consumer.name).status == 200
 
 
 def test_while_the_store_is_away_it_is_503_and_afterwards_it_works(world: World) -> None:

@@ -1,0 +1,68 @@
+"""What a request looks up of its token and its consumer: once for all who ask at the same time, and never from before a change."""
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from django.db import connection
+
+from consumers import tokens
+from consumers.store.connection import store_connection
+from consumers.tokens import Caller
+from delivery.pull import directory
+from tests.api.pull_world import make_consumer, make_source, until
+from tests.api.test_pull import waiting_for_table
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture(params=["token", "consumer"])
+def lookup(request: pytest.FixtureRequest) -> Any:
+    """The function that looks something up, its module, and the table it reads."""
+    plain = tokens.create_token("one", "pull")[1]
+    make_consumer(make_source("asked"), "asked")
+    caller = tokens.find_caller(plain)
+    assert isinstance(caller, Caller)
+    tokens.forget()
+    if request.param == "token":
+        return (lambda: tokens.find_caller(plain)), tokens, "consumers_apitoken"
+    return (lambda: directory.find("asked", caller)), directory, "consumers_consumer"
+
+
+def test_those_who_ask_at_once_look_once(lookup: Any) -> None:
+    find, module, table = lookup
+    with store_connection(autocommit=False) as conn:
+        conn.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
+        found: list[Any] = []
+        askers = [threading.Thread(target=_ask, args=(find, found)) for _ in range(8)]
+        for asker in askers:
+            asker.start()
+        until(lambda: [len(users) for users in module._loading._locks.values()] == [8])
+        until(lambda: waiting_for_table(conn, table) == 1)
+        assert not found
+    for asker in askers:
+        asker.join(10)
+    assert len(found) == 8 and len(set(map(id, found))) == 1
+
+
+def test_what_was_read_before_a_change_is_not_kept(lookup: Any) -> None:
+    find, module, table = lookup
+    with store_connection(autocommit=False) as conn:
+        conn.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
+        found: list[Any] = []
+        asker = threading.Thread(target=_ask, args=(find, found))
+        asker.start()
+        until(lambda: waiting_for_table(conn, table) == 1)
+        module.forget()
+    asker.join(10)
+    assert found and not module._cache
+    find()
+    assert module._cache
+
+
+def _ask(find: Any, found: list[Any]) -> None:
+    try:
+        found.append(find())
+    finally:
+        connection.close()
