@@ -5,8 +5,6 @@ token names one claim, and is void for a message once that was handed out again.
 """
 from __future__ import annotations
 
-import base64
-import binascii
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -25,8 +23,6 @@ from consumers.store.types import ACTIONS, Claim, ClaimedMessage, Failure, Settl
 SCAN_ROWS = 20_000  # looked at in one transaction, so that nobody waits long behind it
 SCAN_MS = 250  # one claim's budget; past it the answer is empty although the end is not reached
 MAX_CLAIM_BYTES = 16 * 1024 * 1024  # of rows in one claim; a larger message comes alone
-RECEIPT_BYTES = 24  # token 16, id 8
-_FROM_URL_SAFE = str.maketrans("-_", "+/")
 
 _CLAIM = Statement("claim", "SELECT * FROM sequin_claim($1, $2, $3, $4, $5, $6)")
 _ACK = Statement("ack", "SELECT * FROM sequin_ack($1, array_fill($2::uuid, ARRAY[cardinality($3::bigint[])]), $3::bigint[], $4)")
@@ -128,29 +124,6 @@ def renew(tokens: Iterable[UUID], lease_ms: int) -> set[UUID]:
         [lease_ms, list(tokens)],
     )
     return {row[0] for row in rows}
-
-
-def encode_receipt(token: UUID, message_id: int) -> str:
-    """The ack id of one message under one lease: 32 URL-safe characters."""
-    return base64.urlsafe_b64encode(token.bytes + message_id.to_bytes(8, "big")).decode()
-
-
-def decode_receipts(ack_ids: Iterable[str]) -> list[tuple[UUID, int]]:
-    """What `encode_receipt` made; anything else is left out."""
-    tokens: dict[bytes, UUID] = {}  # mostly one
-    receipts = []
-    for ack_id in ack_ids:
-        try:
-            raw = binascii.a2b_base64(ack_id.translate(_FROM_URL_SAFE), strict_mode=True)
-        except (ValueError, binascii.Error):
-            continue
-        if len(raw) != RECEIPT_BYTES or raw[16] & 0x80 or "+" in ack_id or "/" in ack_id:
-            continue
-        token = tokens.get(raw[:16])
-        if token is None:
-            token = tokens[raw[:16]] = UUID(bytes=raw[:16])
-        receipts.append((token, int.from_bytes(raw[16:], "big")))
-    return receipts
 
 
 def _judged_again(

@@ -21,7 +21,7 @@ from consumers.store import claims, lifecycle
 from consumers.tokens import Caller, recognise
 from delivery.pull import directory, parameters, receipts
 from delivery.pull.directory import Receiver
-from delivery.pull.gates import at_store
+from delivery.pull.gates import ACKS, at_store
 from delivery.pull.waiting import room
 from delivery.transforming import Outgoing, make, settle
 
@@ -59,7 +59,7 @@ def ack(request: Any, caller: Caller, consumer: str) -> bytes:
     receiver = _find(consumer, caller)
     ack_ids = parameters.ack_ids(read_object(request))
     held = receipts.decode(ack_ids)
-    with at_store(receiver.id):
+    with at_store(receiver.id, ACKS):
         done = claims.ack(receiver.id, held).done
     return _settled("acked", done, len(ack_ids))
 

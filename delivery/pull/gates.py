@@ -12,6 +12,7 @@ from django.db import connection
 from consumers.queueing import FairSemaphore
 
 AT_ONCE = 2  # one at work, and one that begins the moment it has ended
+ACKS = "acks"  # most wait for no claim, so none waits here behind one
 
 
 class _Gate:
@@ -22,24 +23,24 @@ class _Gate:
         self.users = 0
 
 
-_gates: dict[UUID, _Gate] = {}
+_gates: dict[tuple[UUID, str], _Gate] = {}
 _lock = threading.Lock()
 
 
 class at_store:
     """Wait until few enough others are at this consumer. Neither who waits here nor who has been in holds a connection."""
 
-    __slots__ = ("_consumer_id", "_gate")
+    __slots__ = ("_gate", "_key")
 
-    def __init__(self, consumer_id: UUID) -> None:
-        self._consumer_id = consumer_id
+    def __init__(self, consumer_id: UUID, what: str = "") -> None:
+        self._key = (consumer_id, what)
 
     def __enter__(self) -> None:
         connection.close()
         with _lock:
-            gate = _gates.get(self._consumer_id)
+            gate = _gates.get(self._key)
             if gate is None:
-                gate = _gates[self._consumer_id] = _Gate()
+                gate = _gates[self._key] = _Gate()
             gate.users += 1
         self._gate = gate
         gate.free.acquire()
@@ -53,4 +54,4 @@ class at_store:
             with _lock:
                 gate.users -= 1
                 if not gate.users:
-                    del _gates[self._consumer_id]
+                    del _gates[self._key]

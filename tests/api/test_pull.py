@@ -15,8 +15,8 @@ from django.db import connection
 from django.utils import timezone
 
 from consumers.models import ApiToken, HttpEndpoint
-from consumers.store.claims import encode_receipt
 from consumers.store.connection import store_connection
+from delivery.pull import receipts
 from tests.api.pull_world import Answer, World, server, until, web_server, world  # noqa: F401  (fixtures)
 
 PREFIXES = ("http_pull_consumers", "sequin_streams")
@@ -117,7 +117,7 @@ def test_what_is_unknown_malformed_or_anothers_is_stale_and_changes_nothing(worl
     mine, other = world.consumer(), world.consumer("other")
     world.log.append([1])
     held, foreign = world.client.receive(mine.name), world.client.receive(other.name)
-    nobodys = encode_receipt(mine.pk, 77)
+    nobodys = receipts.encode_one(mine.pk, 77).decode()
     strange = ["", "x", "ü", "\ud800", "A" * 32, "A" * 100_000, nobodys, *foreign.ack_ids]
     for call, done in (("ack", "acked"), ("nack", "nacked"), ("extend", "extended")):
         answer = world.client.settle(call, mine.name, strange)
@@ -253,7 +253,7 @@ def test_a_renamed_consumer_is_found_under_its_new_name(world: World) -> None:
 
 
 def test_a_consumer_that_many_wait_for_leaves_room_for_the_others(world: World) -> None:
-    """Its calls are held up in the store here, all of them at once."""
+    """Its calls are held up in the store here, all of them at once: two claims and two acks have a connection in hand."""
     busy, other = world.consumer("busy"), world.consumer("other")
     world.log.append([1, 2, 3])
     ids = world.client.receive(busy.name, batch_size=1).ack_ids
@@ -264,7 +264,7 @@ def test_a_consumer_that_many_wait_for_leaves_room_for_the_others(world: World) 
         conn.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [str(busy.pk)])
         for caller in callers:
             caller.start()
-        until(lambda: waiting_for_locks(conn) == 2)
+        until(lambda: waiting_for_locks(conn) == 4)
         assert len(world.client.receive(other.name, batch_size=3).keys) == 3
         assert not answers
     for caller in callers:

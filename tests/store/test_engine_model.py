@@ -474,13 +474,3 @@ def test_the_engine_does_what_a_simple_model_says(long_run: bool) -> None:
             **bounds, deadline=None, database=None, derandomize=not long_run, suppress_health_check=list(HealthCheck), print_blob=False, phases=[Phase.generate]
         ),
     )
-
-
-@pytest.mark.parametrize("ack_id", ["", "x", "A" * 31, "A" * 33, "é" * 32, "A" * 31 + "!", "/" * 32])
-def test_a_malformed_ack_id_names_nothing(ack_id: str) -> None:
-    assert claims.decode_receipts([ack_id]) == []
-
-
-def test_an_ack_id_reads_back() -> None:
-    receipt = (uuid4(), 2**62)
-    assert claims.decode_receipts(["x", claims.encode_receipt(*receipt), claims.encode_receipt(receipt[0], 1)]) == [receipt, (receipt[0], 1)]
