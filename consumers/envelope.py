@@ -57,7 +57,7 @@ def idempotency_key(message: StoredMessage) -> str:
     Of a backfilled row: of `backfill id:schema.table:key`; where there is no key, its number in the backfill.
     """
     if message.backfill_id is None:
-        text = f"{_uuid(message.source_id)}.{message.epoch}:{message.commit_lsn}:{message.commit_idx}"
+        text = f"{_uuid(message.source_id.int)}.{message.epoch}:{message.commit_lsn}:{message.commit_idx}"
     else:
         key = message.commit_idx if message.key == "[]" else message.key
         text = f"{message.backfill_id}:{message.schema}.{message.table}:{key}"
@@ -83,17 +83,17 @@ def addressing(
     return Addressing(tail, stream == "rows")
 
 
-def render(message: StoredMessage, to: Addressing) -> bytes:
-    """The message as JSON, UTF-8."""
+def render(message: StoredMessage, to: Addressing, key: str = "") -> bytes:
+    """The message as JSON, UTF-8. `key`: its idempotency key, where that is known."""
     if to.latest:
-        return f'{{"record":{message.record},"metadata":{metadata(message, to)}}}'.encode()
+        return f'{{"record":{message.record},"metadata":{metadata(message, to, key)}}}'.encode()
     return (
         f'{{"record":{message.record},"changes":{message.changes or "null"},"action":"{message.action}",'
-        f'"metadata":{metadata(message, to)}}}'
+        f'"metadata":{metadata(message, to, key)}}}'
     ).encode()
 
 
-def metadata(message: StoredMessage, to: Addressing) -> str:
+def metadata(message: StoredMessage, to: Addressing, key: str = "") -> str:
     """The message's `metadata` as JSON."""
     extra = ""
     if message.unchanged is not None:
@@ -107,14 +107,14 @@ def metadata(message: StoredMessage, to: Addressing) -> str:
     return (
         f'{{"table_schema":{_text(message.schema)},"table_name":{_text(message.table)},'
         f'"record_pks":{message.key},"commit_timestamp":"{message.committed_at}","commit_lsn":{message.commit_lsn},'
-        f'"commit_idx":{message.commit_idx},"idempotency_key":"{idempotency_key(message)}",{extra}'
+        f'"commit_idx":{message.commit_idx},"idempotency_key":"{key or idempotency_key(message)}",{extra}'
         f'"transaction_annotations":{message.annotations or "null"},{to.tail}'
     )
 
 
-@lru_cache(maxsize=4096)
-def _uuid(value: UUID) -> str:
-    return str(value)
+@lru_cache(maxsize=4096)  # by its number: a UUID's own hash is a call of Python code
+def _uuid(number: int) -> str:
+    return str(UUID(int=number))
 
 
 @lru_cache(maxsize=4096)  # names of tables: a few, again and again

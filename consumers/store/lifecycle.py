@@ -4,6 +4,7 @@ The face of the store for the console, the management API and the watchers. Uses
 """
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Iterable, Sequence
@@ -277,10 +278,11 @@ def beat_age_s(process: str, detail: str) -> float:
 def record_attempts(attempts: Iterable[Attempt]) -> None:
     """Keep these attempts for the console. Not worth waiting for the disk."""
     rows = [
-        (
-            a.consumer_id, a.source_id, a.message_id, a.ok, a.status, _cut(a.error, ERROR_CHARACTERS), a.duration_ms,
-            _cut(a.response, RESPONSE_CHARACTERS), a.url, a.deliver_count, a.headers,
-        )
+        {
+            "consumer": str(a.consumer_id), "source": str(a.source_id), "message_id": a.message_id, "ok": a.ok, "status": a.status,
+            "error": _cut(a.error, ERROR_CHARACTERS), "duration_ms": a.duration_ms, "response": _cut(a.response, RESPONSE_CHARACTERS),
+            "url": a.url, "deliver_count": a.deliver_count, "headers": a.headers,
+        }
         for a in attempts
     ]  # fmt: skip
     if not rows:
@@ -288,10 +290,11 @@ def record_attempts(attempts: Iterable[Attempt]) -> None:
     with transaction.atomic():
         _execute("SELECT set_config('synchronous_commit', 'off', true)")
         _execute(
-            "INSERT INTO attempts (consumer, source, message_id, ok, status, error, duration_ms, response, url,"
-            " deliver_count, headers) SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::bigint[], %s::boolean[], %s::integer[],"
-            " %s::text[], %s::integer[], %s::text[], %s::text[], %s::integer[], %s::text[])",
-            [list(column) for column in zip(*rows, strict=True)],
+            # As one document: psycopg would quote each text of an array by itself.
+            "INSERT INTO attempts (consumer, source, message_id, ok, status, error, duration_ms, response, url, deliver_count, headers)"
+            " SELECT * FROM json_to_recordset(%s) AS r(consumer uuid, source uuid, message_id bigint, ok boolean, status integer,"
+            " error text, duration_ms integer, response text, url text, deliver_count integer, headers text)",
+            [json.dumps(rows)],
         )
 
 

@@ -1,6 +1,6 @@
 """One POST and its answer on a handle of libcurl's, which is kept for the next one. Decides what the outcome is.
 
-`delivery/push/transport.py` drives it; the functions that curl calls run on that one thread.
+`delivery/push/transport.py` drives it, and with it the functions that curl calls.
 """
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import os
 import socket
 import ssl
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pycurl
 
 from consumers.addresses import Network, is_allowed
+from delivery.push.request import Outcome, Request
 
 try:
     from certifi import where as authorities
@@ -27,39 +28,14 @@ except ImportError:  # then those of the system
 
 
 ANSWER_BYTES = 65_536  # of an answer's body; more is not read, and the connection not kept
-HEAD_BYTES = 65_536  # of its headers; with more it is no answer
+HEAD_BYTES = 65_536  # of its headers; with more it is no answer, and libcurl itself reads no more than 300 KB
+HEAD_LINES = 1000  # so many are held at most
 SHOWN_CHARACTERS = 500
 CONNECT_S = 10.0
 CONNECTION_LIFE_S = 300  # then an endpoint is dialled anew, so that a change of its addresses is followed
 LARGE_BODY = 65_536
 _PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One POST. `tag` is the caller's own; it comes back with the outcome."""
-
-    url: str
-    headers: dict[str, str]
-    body: bytes
-    timeout_s: float
-    tag: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a request. `status` None: no answer came, `error` says why."""
-
-    tag: Any
-    status: int | None
-    error: str | None
-    retry_after: str | None
-    response: str
-    duration_ms: int
-
-    @property
-    def ok(self) -> bool:
-        return self.status is not None and 200 <= self.status < 300
+_BLANK = (b"\r\n", b"\n")
 
 
 class Exchange:
@@ -74,7 +50,12 @@ class Exchange:
         self._entry = ""
         self._left_ms = 0
         self._refused: list[str] = []
-        self._forget()
+        self._dialled = False
+        self._socket_error = ""
+        # Taken in by the deque itself, without a call of ours for each line.
+        self._head: deque[bytes] = deque(maxlen=HEAD_LINES)
+        self._body = b""
+        self._body_bytes = 0
         self.curl = curl = pycurl.Curl()
         curl.setopt(pycurl.POST, 1)
         curl.setopt(pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS)
@@ -89,7 +70,7 @@ class Exchange:
         curl.setopt(pycurl.MAXLIFETIME_CONN, CONNECTION_LIFE_S)
         curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open)
         curl.setopt(pycurl.SOCKOPTFUNCTION, _keep_from_children)
-        curl.setopt(pycurl.HEADERFUNCTION, self._take_head)
+        curl.setopt(pycurl.HEADERFUNCTION, self._head.append)
         curl.setopt(pycurl.WRITEFUNCTION, self._take_body)
 
     def take(self, request: Request, now: float) -> None:
@@ -97,34 +78,65 @@ class Exchange:
         self.request = request
         self._began = now
         self.deadline = now + request.timeout_s
+        self._refused = []
+        self._dialled = False
+        self._socket_error = ""
+        self._head.clear()
+        self._body = b""
+        self._body_bytes = 0
 
     def prepare(self, entry: str, now: float) -> None:
         """Set the handle up. `entry`: the addresses of the name, as libcurl takes them; "": it looks itself."""
         request, curl = self.request, self.curl
-        self._forget()
-        left_ms = max(1, int((self.deadline - now) * 1000))
         if request.url != self._url:
             self._url = None
             curl.setopt(pycurl.URL, request.url if request.url.isascii() else quote(request.url, safe=_PRINTABLE))
             self._url = request.url
-        curl.setopt(pycurl.HTTPHEADER, _header_lines(request.headers))
+        curl.setopt(pycurl.HTTPHEADER, [*request.headers.lines, *request.own_lines])
         curl.setopt(pycurl.POSTFIELDS, request.body)
+        left_ms = max(1, round((self.deadline - now) * 1000))
         if left_ms != self._left_ms:
             self._left_ms = left_ms
             curl.setopt(pycurl.TIMEOUT_MS, left_ms)
             curl.setopt(pycurl.CONNECTTIMEOUT_MS, min(left_ms, int(CONNECT_S * 1000)))
-        if entry or self._entry:
+        if entry or self._entry:  # once a transfer has used them they are gone
             self._entry = entry
             curl.setopt(pycurl.RESOLVE, [entry] if entry else [])
 
     def outcome(self, code: int, text: str) -> Outcome:
         """After the transfer. The status line and headers decide; a body that breaks afterwards changes nothing."""
-        if not self._complete:
-            return self.failed(self._reason(code, text))
-        status = self.curl.getinfo(pycurl.RESPONSE_CODE)
-        error = None if 200 <= status < 300 else _status_reason(status, self._location)
-        response = self._body.decode("utf-8", "replace")[:SHOWN_CHARACTERS] if self._body else ""
-        return self._outcome(status, error, self._retry_after, response)
+        curl, head = self.curl, self._head
+        status = curl.getinfo(pycurl.RESPONSE_CODE)
+        is_whole = not code and head and head[-1] in _BLANK and len(head) < HEAD_LINES and curl.getinfo(pycurl.HEADER_SIZE) <= HEAD_BYTES
+        if not is_whole or not 200 <= status < 300:
+            final = self._final_head()
+            if final is None:
+                return self.failed(self._reason(code, text))
+            if not 200 <= status < 300:
+                error = _status_reason(status, _value_of(b"location:", final))
+                return self._outcome(status, error, _value_of(b"retry-after:", final), self._response())
+        return self._outcome(status, None, None, self._response())
+
+    def _final_head(self) -> list[bytes] | None:
+        """The lines of the answer's head, without those of interim answers and trailers; None when there is no whole one."""
+        lines: list[bytes] = []
+        size = 0
+        if len(self._head) == HEAD_LINES:
+            return None  # there were more
+        for line in self._head:
+            size += len(line)
+            if size > HEAD_BYTES:
+                return None
+            if line not in _BLANK:
+                lines.append(line)
+            elif lines[:1] and lines[0][9:10] == b"1":
+                lines = []  # HTTP/1.1 100
+            else:
+                return lines
+        return None
+
+    def _response(self) -> str:
+        return self._body.decode("utf-8", "replace")[:SHOWN_CHARACTERS] if self._body else ""
 
     def failed(self, error: str) -> Outcome:
         """No answer came."""
@@ -153,7 +165,7 @@ class Exchange:
             return "the connection was closed without an answer"
         if "HTTP/0.9" in text:
             return "the answer is not HTTP"
-        if code == pycurl.E_WRITE_ERROR:
+        if len(self._head) == HEAD_LINES or self.curl.getinfo(pycurl.HEADER_SIZE) > HEAD_BYTES:
             return f"the answer's headers are longer than {HEAD_BYTES} bytes"
         if code == pycurl.E_COULDNT_CONNECT:
             number = self.curl.getinfo(pycurl.OS_ERRNO) if self._dialled else 0
@@ -161,17 +173,6 @@ class Exchange:
         return text or f"libcurl's error {code}"
 
     # Called by curl -----------------------------------------------------------------------------------------------------
-
-    def _forget(self) -> None:
-        self._refused = []
-        self._dialled = False
-        self._socket_error = ""
-        self._head_bytes = self._body_bytes = 0
-        self._complete = self._interim = False
-        self._line_is_status = True
-        self._retry_after: str | None = None
-        self._location: str | None = None
-        self._body = b""
 
     def _open(self, _purpose: int, found: Any) -> Any:
         """Curl is about to dial an address: here it is vetted."""
@@ -188,24 +189,6 @@ class Exchange:
         self._dialled = True
         return opened
 
-    def _take_head(self, line: bytes) -> int | None:
-        if self._complete:
-            return None  # a trailer
-        self._head_bytes += len(line)
-        if self._head_bytes > HEAD_BYTES:
-            return 0
-        if self._line_is_status:
-            self._line_is_status = False
-            self._interim = line[9:10] == b"1"  # of HTTP/1.1 100
-        elif line in (b"\r\n", b"\n"):
-            self._complete = not self._interim
-            self._line_is_status = True
-        elif line[:12].lower() == b"retry-after:":
-            self._retry_after = _value(line)
-        elif line[:9].lower() == b"location:":
-            self._location = _value(line)
-        return None
-
     def _take_body(self, piece: bytes) -> int | None:
         if len(self._body) < SHOWN_CHARACTERS * 4:
             self._body += piece[: SHOWN_CHARACTERS * 4 - len(self._body)]
@@ -217,24 +200,6 @@ def refusal(host: str, addresses: Sequence[str]) -> str:
     """Why the endpoint was not dialled: its name leads to no address that a push may reach."""
     found = ", ".join(addresses) or "nowhere"
     return f"{host} is {found}: not a public address, and in no network of SEQUIN_ALLOWED_NETWORKS"
-
-
-def _header_lines(headers: dict[str, str]) -> list[str] | list[bytes]:
-    """As curl takes them: `name;` is a header without a value, `Expect:` one that is not sent."""
-    lines = ["Expect:"]
-    for name, value in headers.items():
-        value = value.strip()
-        lines.append(f"{name}: {value}" if value else f"{name};")
-    # Neither text may show a value: it can be a secret.
-    together = "".join(lines)
-    if "\n" in together or "\r" in together or "\0" in together:
-        raise ValueError("a header is not one line")
-    if together.isascii():
-        return lines
-    try:
-        return [line.encode("latin-1") for line in lines]
-    except UnicodeEncodeError:
-        raise ValueError("a header is not Latin-1 text") from None
 
 
 def _keep_from_children(fd: int, _purpose: int) -> int:
@@ -249,8 +214,13 @@ def _host(url: str) -> str:
         return url[:200]
 
 
-def _value(line: bytes) -> str:
-    return line.partition(b":")[2].strip().decode("latin-1")
+def _value_of(name: bytes, head: list[bytes]) -> str | None:
+    """The last header of this name, in small letters and with its colon."""
+    found = None
+    for line in head:
+        if line[: len(name)].lower() == name:
+            found = line[len(name) :].strip().decode("latin-1")
+    return found
 
 
 def _status_reason(status: int, location: str | None) -> str:

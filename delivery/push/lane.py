@@ -8,18 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
+from typing import NamedTuple
 from uuid import UUID
 
 from consumers.envelope import Addressing
 from consumers.store.types import ClaimedMessage
 from delivery.push import retry
+from delivery.push.request import Headers
 
 FIRST_WINDOW = 2
 AHEAD, MOST_AHEAD = 20, 200  # messages in hand: so many times what is in flight, while that is little
 PROBE_CHOICE = 20  # messages to choose a probe from, so that it need not be one that keeps failing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Target:
     """A push consumer's settings, and its endpoint's."""
 
@@ -46,14 +49,20 @@ class Target:
         """Longer than the endpoint may take; renewed while the pump lives."""
         return int(self.timeout_s * 1000) + 15_000
 
+    @cached_property
+    def common(self) -> Headers:
+        """The headers of all its requests."""
+        return Headers({"Content-Type": "application/json", "User-Agent": "sequin", **self.headers})
 
-@dataclass(frozen=True, slots=True)
-class InHand:
+
+class InHand(NamedTuple):
     """A claimed message, the token it was claimed under, and what is sent for it once that is made."""
 
     token: UUID
     message: ClaimedMessage
     payload: bytes = b""
+    key: str = ""
+    """Its idempotency key."""
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -71,30 +80,29 @@ class EndpointState:
     failures: int = 0  # in a row
     troubles: int = 0  # those of them that were the endpoint's and not perhaps the message's
     hold_until: float = 0.0  # no request before: the breaker's pause, or a Retry-After
-    opened: int = 0  # how often the breaker has opened
+    is_open: bool = False
+    opened: int = 0  # how often it has opened
     in_flight: int = 0
     is_slow: bool = True  # its last answer was, or there was none yet
-
-    @property
-    def is_open(self) -> bool:
-        return retry.opens(self.troubles, self.failures)
 
     def may_send(self, now: float) -> bool:
         return now >= self.hold_until and not (self.is_open and self.in_flight)
 
     def succeeded(self) -> None:
         self.failures = self.troubles = 0
+        self.is_open = False
 
     def failed(self, now: float, status: int | None) -> None:
         was_open = self.is_open
         self.failures += 1
         self.troubles += retry.is_trouble(status)
+        self.is_open = retry.opens(self.troubles, self.failures)
         self.opened += self.is_open and not was_open
         self.hold_until = max(self.hold_until, now + retry.hold_s(self.troubles, self.failures))
 
     def forget(self) -> None:
         """It was edited: what it did before says nothing any more."""
-        self.failures = self.troubles = 0
+        self.succeeded()
         self.hold_until = 0.0
         self.is_slow = True
 
@@ -115,6 +123,8 @@ class Lane:
     gained: int = 0  # successes towards the next request at a time, on the ramp after an outage
     on_ramp: bool = False
     opened: int = 0  # the endpoint's `opened` that this lane knows of
+    acks: list[tuple[UUID, int]] = field(default_factory=list)  # of what was answered well, not written yet
+    shown: int = 0  # successes kept lately, for people
     look_at: float = 0.0  # claim not before; 0: at once
     hungry: bool = True  # there may be something to claim
     paused: bool = False
@@ -147,13 +157,15 @@ class Lane:
             self.opened, self.window, self.gained, self.on_ramp = self.endpoint.opened, 1, 0, True
         if len(self.flights) >= min(self.window, self.target.concurrency):
             return []
-        batch: list[InHand] = []
-        rest: list[InHand] = []
-        waiting: set[int] = set()  # groups of which an earlier message stays behind
         limit = self.target.batch_size
         if self.endpoint.is_open:
             limit = 1
             self._bring_forward_a_probe()
+        if limit == 1 and self.busy.keys().isdisjoint(self.pending[0].groups):
+            return [self.pending.pop(0)]
+        batch: list[InHand] = []
+        rest: list[InHand] = []
+        waiting: set[int] = set()  # groups of which an earlier message stays behind
         for number, item in enumerate(self.pending):
             if len(batch) >= limit:
                 rest.extend(self.pending[number:])
@@ -178,9 +190,10 @@ class Lane:
     def arrive(self, number: int) -> list[InHand]:
         """The batch of a request that is over; empty when it was dropped meanwhile."""
         batch = self.flights.pop(number, [])
-        self.departed.pop(number, None)
-        if batch:
-            self.endpoint.in_flight -= 1
+        if not batch:
+            return batch
+        del self.departed[number]
+        self.endpoint.in_flight -= 1
         for group in _groups(batch):
             left = self.busy[group] - 1
             if left:
@@ -216,6 +229,7 @@ class Lane:
     def close(self) -> None:
         """The lane goes: what it has in flight is nobody's any more."""
         self.endpoint.in_flight -= len(self.flights)
+        self.flights, self.departed, self.busy = {}, {}, {}
 
     def drop_behind(self, batch: list[InHand]) -> None:
         """Forget what the store took back with a failed batch: the later messages of its groups from the same claims."""
@@ -239,7 +253,6 @@ class Lane:
         for number, batch in list(self.flights.items()):
             if any(item.token in gone for item in batch):
                 self.arrive(number)
-
 
     def _bring_forward_a_probe(self) -> None:
         """The least tried of those that lead their groups: a poison message says nothing about the endpoint."""
@@ -266,5 +279,7 @@ def _without(items: Iterable[InHand], held: set[tuple[UUID, int]]) -> list[InHan
     return kept
 
 
-def _groups(batch: list[InHand]) -> set[int]:
+def _groups(batch: list[InHand]) -> Iterable[int]:
+    if len(batch) == 1:
+        return batch[0].groups
     return {group for item in batch for group in item.groups}

@@ -1,13 +1,12 @@
 """Send one request and wait for what becomes of it: test messages and alerts. Pushes go through pumps."""
 from __future__ import annotations
 
-import queue
 import time
 
 from django.conf import settings
 
 from delivery.push import signing
-from delivery.push.transport import Outcome, Request, Transport
+from delivery.push.transport import Headers, Outcome, Request, Transport
 
 GRACE_S = 2.0
 
@@ -22,12 +21,13 @@ def post(
         all_headers |= {
             "webhook-id": webhook_id, "webhook-timestamp": str(now), "webhook-signature": signing.signature(secrets, webhook_id, now, body),
         }  # fmt: skip
-    outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-    transport = Transport(outcomes, settings.SEQUIN_ALLOWED_NETWORKS)
+    transport = Transport(settings.SEQUIN_ALLOWED_NETWORKS)
+    end = time.monotonic() + timeout_s + GRACE_S
     try:
-        transport.submit(Request(url, {**all_headers, **(headers or {})}, body, timeout_s, None))
-        return outcomes.get(timeout=timeout_s + GRACE_S)
-    except queue.Empty:
+        transport.submit(Request(url, Headers({**all_headers, **(headers or {})}), body, timeout_s, None))
+        while (left_s := end - time.monotonic()) > 0:
+            for outcome in transport.step(left_s):
+                return outcome
         return Outcome(None, None, f"no answer within {timeout_s:g} s", None, "", int(timeout_s * 1000))
     finally:
         transport.close()

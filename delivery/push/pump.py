@@ -1,18 +1,18 @@
 """Serve many push consumers at once: claim, send, settle. One pump per worker slot.
 
 A pump holds the turns of its share of the consumers. Nothing blocks its loop but the store: requests run in the transport,
-notices come from a listening thread, and both arrive in one queue.
+which the loop drives itself while it waits, and which a thread attends to while the loop is in the store. Notices come from
+a listening thread, and what transforms have made from theirs.
 """
 from __future__ import annotations
 
 import json
 import logging
 import os
-import queue
 import random
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -23,14 +23,14 @@ from django.conf import settings
 from django.db import DatabaseError, connection, transaction
 
 from consumers.backoff import delay_ms
-from consumers.envelope import addressing, idempotency_key, render
+from consumers.envelope import Addressing, addressing, idempotency_key, render
 from consumers.fields import MASK
 from consumers.models import Consumer
 from consumers.store import claims, lifecycle, turns
 from consumers.store.connection import store_connection, why_away
 from consumers.store.interest import concerns
 from consumers.store.lifecycle import Attempt
-from consumers.store.types import Failure
+from consumers.store.types import ClaimedMessage, Failure
 from delivery.push import retry, signing
 from delivery.push.lane import EndpointState, InHand, Lane, Target
 from delivery.push.transport import Outcome, Request, Transport
@@ -52,7 +52,7 @@ TRANSFORMS = 256  # that run at once, one a consumer: a slow one holds up no oth
 SMALLEST_CLAIM = 100  # messages under one lease, when batches are smaller
 ATTEMPTS_EVERY_S = 0.25
 HEADER_CHARACTERS = 200  # kept of a header's value, for people
-ATTEMPTS_A_ROUND = 200  # successes kept of one round, for people
+SUCCESSES_A_ROUND = 50  # of one consumer, that are kept of those in ATTEMPTS_EVERY_S, for people
 CHANNELS = ("sequin_log", "sequin_consumer", "sequin_config", "sequin_turns", "sequin_stop")
 
 
@@ -64,7 +64,7 @@ class Notice(NamedTuple):
 class Flight(NamedTuple):
     """The tag of a request: whose, which, and what it was sent with."""
 
-    consumer_id: UUID
+    lane: Lane
     number: int
     target: Target
     webhook_id: str
@@ -91,24 +91,23 @@ class Pump:
         self._ending = False  # nothing is sent and no turns are taken any more
         self._drained = False  # a lane that sends no more has had its last answer
         self._look_for_turns = False  # somebody gave turns up, or began or ceased to share
-        self._events: queue.SimpleQueue[Outcome | Notice | Transformed] = queue.SimpleQueue()
+        self._events: deque[Notice | Transformed] = deque()
         self._transforms = ThreadPoolExecutor(TRANSFORMS, "transform")
-        self._transport = Transport(self._events, settings.SEQUIN_ALLOWED_NETWORKS)
+        self._transport = Transport(settings.SEQUIN_ALLOWED_NETWORKS)
         self._lanes: dict[UUID, Lane] = {}
         self._endpoints: dict[UUID, EndpointState] = defaultdict(EndpointState)
-        self._acks: dict[UUID, list[tuple[UUID, int]]] = defaultdict(list)
-        self._gathered = 0
+        self._settled: list[Lane] = []  # those with acks that are not written yet
+        self._gathered = 0  # such acks
         self._attempts: list[Attempt] = []
         self._number = 0
         self._clock_ahead_s = 0.0  # the store's clock, which times everything, against this machine's
         self._renewed_at = self._leases_at = self._swept_at = self._attempts_at = 0.0
         self._stored: dict[UUID, int] = {}
-        self._listening = threading.Event()
 
     def run(self, slice_s: float) -> None:
         end = time.monotonic() + slice_s
-        listener = threading.Thread(target=self._listen, name="push-listener", daemon=True)
-        listener.start()
+        threading.Thread(target=self._listen, name="push-listener", daemon=True).start()
+        threading.Thread(target=self._transport.attend, name="push-attendant", daemon=True).start()
         try:
             turns.join(self._cluster)
             while self._may_run() and time.monotonic() < end:
@@ -132,10 +131,12 @@ class Pump:
             self._attempts_at = now
             self._record()
         for lane in list(self._lanes.values()):
-            self._fill(lane, now)
-            self._send(lane, now)
+            if lane.pending:
+                self._send(lane, now)
+            if (lane.hungry or lane.look_at) and self._fill(lane, now):
+                self._send(lane, now)
         # Acks are gathered while answers keep coming in, and written before anybody waits.
-        if not self._take_in(ACKS_EVERY_S if self._acks else TICK_S) or self._gathered >= ACKS_AT_ONCE:
+        if not self._take_in(ACKS_EVERY_S if self._settled else TICK_S) or self._gathered >= ACKS_AT_ONCE:
             self._acknowledge()
         if self._drained:
             self._release_quiet()
@@ -210,8 +211,9 @@ class Pump:
         self._acknowledge()
         lane = self._lanes.pop(consumer_id, None)
         if lane is not None:
+            items = list(lane.items())
             lane.close()
-            _hand_back(lane, list(lane.items()))
+            _hand_back(lane, items)
 
     def _renew_leases(self) -> None:
         for lane in self._lanes.values():
@@ -223,13 +225,17 @@ class Pump:
 
     # Claiming and sending -------------------------------------------------------------------------------------------
 
-    def _fill(self, lane: Lane, now: float) -> None:
-        """Claim when there is room and reason: a lease for each batch, so that its ack settles a whole lease."""
+    def _fill(self, lane: Lane, now: float) -> bool:
+        """Claim when there is room and reason: a lease for each batch, so that its ack settles a whole lease.
+
+        True when something can be sent.
+        """
         due = lane.hungry or (lane.look_at and now >= lane.look_at)
         room = lane.room()
         if not due or room <= 0 or not lane.endpoint.may_send(now):
-            return
+            return False
         lane.look_at = 0.0
+        self._transport.begin()
         # First what is done: a group that counts as out would be parked behind itself.
         self._acknowledge()
         size = max(lane.target.batch_size, min(room, SMALLEST_CLAIM))
@@ -239,18 +245,18 @@ class Pump:
                 lane.hungry = not claim.at_end
                 if claim.next_due_ms is not None:
                     lane.look_at = now + claim.next_due_ms / 1000 + 0.005
-                return
+                break
             if claim.version != lane.target.version:
                 self._reconfigure()  # it was edited a moment ago
             lane.hungry = True
             room -= len(claim.messages)
             if lane.target.transform:
                 self._transform(lane, [InHand(claim.token, message) for message in claim.messages])
-                return
-            to = lane.target.to
-            lane.pending.extend(InHand(claim.token, message, render(message, to)) for message in claim.messages)
+                break
+            lane.pending.extend(_in_hand(claim.token, claim.messages, lane.target.to))
             if claim.at_end:
-                return
+                break
+        return bool(lane.pending)
 
     def _transform(self, lane: Lane, items: list[InHand]) -> None:
         """Let a thread run the consumer's function; the loop hears of it as of an answer."""
@@ -259,7 +265,7 @@ class Pump:
 
         def run() -> None:
             made = make(target.consumer_id, target.transform, target.to, messages, TRANSFORM_S)
-            self._events.put(Transformed(target.consumer_id, items, made))
+            self._tell(Transformed(target.consumer_id, items, made))
 
         self._transforms.submit(run)
 
@@ -277,36 +283,37 @@ class Pump:
             [(message, error) for message, error in made.failed if message.id in ours], [m for m in made.left if m.id in ours],
         )  # fmt: skip
         token = next(iter(ours.values())).token
-        lane.pending.extend(InHand(token, item.message, item.payload) for item in settle(event.consumer_id, token, still))
+        lane.pending.extend(
+            InHand(token, item.message, item.payload, idempotency_key(item.message)) for item in settle(event.consumer_id, token, still)
+        )
         lane.hungry = True
 
     def _send(self, lane: Lane, now: float) -> None:
+        now_s = int(time.time() + self._clock_ahead_s)
         while batch := lane.next_batch(now):
             self._number += 1
             lane.depart(self._number, batch, now)
-            self._transport.submit(_request(lane.target, batch, self._number, time.time() + self._clock_ahead_s))
+            self._transport.submit(_request(lane, batch, self._number, now_s))
 
     # What happened ----------------------------------------------------------------------------------------------------
 
+    def _tell(self, event: Notice | Transformed) -> None:
+        """Let the loop take this in. From any thread."""
+        self._events.append(event)
+        self._transport.wake()
+
     def _take_in(self, wait_s: float) -> bool:
         """Wait for something to happen, then take in all of it; false when nothing has."""
-        outcomes: list[Outcome] = []
-        happened = False
-        if self._transport_is_idle() and wait_s:
+        if wait_s and self._transport_is_idle():
             wait_s = self._until_due(wait_s)
-        try:
-            event = self._events.get(timeout=wait_s) if wait_s else self._events.get_nowait()
-            happened = True
-            while True:
-                if isinstance(event, Outcome):
-                    outcomes.append(event)
-                elif isinstance(event, Transformed):
-                    self._transformed(event)
-                else:
-                    self._hear(event)
-                event = self._events.get_nowait()
-        except queue.Empty:
-            pass
+        outcomes = self._transport.step(wait_s)
+        happened = bool(outcomes or self._events)
+        while self._events:
+            event = self._events.popleft()
+            if isinstance(event, Transformed):
+                self._transformed(event)
+            else:
+                self._hear(event)
         if outcomes:
             self._settle(outcomes)
         return happened
@@ -326,30 +333,39 @@ class Pump:
     def _settle(self, outcomes: list[Outcome]) -> None:
         now = time.monotonic()
         for outcome in outcomes:
-            lane = self._lanes.get(outcome.tag.consumer_id)
-            batch = lane.arrive(outcome.tag.number) if lane is not None else []
-            if lane is None or not batch:
+            lane = outcome.tag.lane
+            batch = lane.arrive(outcome.tag.number)
+            if not batch:
                 continue  # the lease was lost meanwhile; whoever has it now delivers again
             lane.hungry = True
             lane.endpoint.is_slow = outcome.duration_ms > SLOW_S * 1000
             self._drained = self._drained or (lane.is_quiet and not lane.flights)
-            if outcome.ok:
-                lane.succeeded()
-                self._acks[outcome.tag.consumer_id].extend((item.token, item.message.id) for item in batch)
-                self._gathered += len(batch)
-            else:
+            if not outcome.ok:
                 self._failed(lane, batch, outcome, now)
-            if not outcome.ok or len(self._attempts) < ATTEMPTS_A_ROUND:
                 self._attempts.extend(_attempts(batch, outcome))
+                continue
+            lane.succeeded()
+            if not lane.acks:
+                self._settled.append(lane)
+            lane.acks.extend([(item.token, item.message.id) for item in batch])
+            self._gathered += len(batch)
+            if lane.shown < SUCCESSES_A_ROUND:
+                shown = batch[: SUCCESSES_A_ROUND - lane.shown]
+                lane.shown += len(shown)
+                self._attempts.extend(_attempts(shown, outcome))
 
     def _acknowledge(self) -> None:
         """Write the acks gathered so far."""
-        acks, self._acks, self._gathered = self._acks, defaultdict(list), 0
-        for consumer_id, receipts in acks.items():
-            claims.ack(consumer_id, receipts)
+        self._gathered = 0
+        while self._settled:
+            lane = self._settled.pop()
+            acks, lane.acks = lane.acks, []
+            claims.ack(lane.target.consumer_id, acks)
 
     def _record(self) -> None:
         attempts, self._attempts = self._attempts, []
+        for lane in self._lanes.values():
+            lane.shown = 0
         lifecycle.record_attempts(attempts)
 
     def _failed(self, lane: Lane, batch: list[InHand], outcome: Outcome, now: float) -> None:
@@ -446,10 +462,10 @@ class Pump:
                 with store_connection(application_name="sequin push listener") as conn:
                     for channel in CHANNELS:
                         conn.execute(f"LISTEN {channel}")
-                    self._events.put(Notice("sequin_config", ""))
+                    self._tell(Notice("sequin_config", ""))
                     while not self._stopped:
                         for notice in conn.notifies(timeout=0.5, stop_after=1):
-                            self._events.put(Notice(notice.channel, notice.payload))
+                            self._tell(Notice(notice.channel, notice.payload))
             except (psycopg.Error, OSError) as error:
                 log.warning("push listener lost the store: %s", why_away(error))
                 time.sleep(0.5)
@@ -528,24 +544,28 @@ def _load_targets(consumer_ids: set[UUID]) -> list[Target]:
     return targets
 
 
-def _request(target: Target, batch: list[InHand], number: int, now_s: float) -> Request:
+def _in_hand(token: UUID, messages: list[ClaimedMessage], to: Addressing) -> list[InHand]:
+    made = []
+    for message in messages:
+        key = idempotency_key(message)
+        made.append(InHand(token, message, render(message, to, key), key))
+    return made
+
+
+def _request(lane: Lane, batch: list[InHand], number: int, now_s: int) -> Request:
     """One POST, signed now: a retry is signed anew, with the same id. `now_s`: by the store's clock."""
-    bodies = [item.payload for item in batch]
+    target = lane.target
     if target.batch_size == 1:
-        body, webhook_id = bodies[0], idempotency_key(batch[0].message)
+        body, webhook_id = batch[0].payload, batch[0].key
     else:
-        body = b'{"data":[' + b",".join(bodies) + b"]}"
-        webhook_id = signing.batch_id([idempotency_key(item.message) for item in batch])
-    now = int(now_s)
-    headers = {
-        "Content-Type": "application/json",
-        "User-Agent": "sequin",
-        "webhook-id": webhook_id,
-        "webhook-timestamp": str(now),
-        "webhook-signature": signing.signature(target.secrets, webhook_id, now, body),
-        **target.headers,
-    }
-    return Request(target.url, headers, body, target.timeout_s, Flight(target.consumer_id, number, target, webhook_id, now))
+        body = b'{"data":[' + b",".join([item.payload for item in batch]) + b"]}"
+        webhook_id = signing.batch_id([item.key for item in batch])
+    own = (
+        "webhook-id: " + webhook_id,
+        f"webhook-timestamp: {now_s}",
+        "webhook-signature: " + signing.signature(target.secrets, webhook_id, now_s, body),
+    )
+    return Request(target.url, target.common, body, target.timeout_s, Flight(lane, number, target, webhook_id, now_s), own)
 
 
 def _attempts(batch: list[InHand], outcome: Outcome) -> list[Attempt]:

@@ -1,16 +1,16 @@
-"""Send requests and report what became of them: `submit(request)`, then an Outcome arrives in the queue given.
+"""Send requests and report what became of them: `submit(request)`, and `step` gives the outcomes.
 
-One thread drives all requests over libcurl, with connections kept alive. Every socket goes to an address vetted at the
-moment of dialling; name, Host and certificate stay those of the URL. No redirects, no proxies from the environment, no
-cookies. `delivery/push/names.py` finds what a name's addresses are, `delivery/push/exchange.py` is one request and its answer.
+Runs on its caller's thread, over libcurl, with connections kept alive; `attend` helps while the caller is busy elsewhere.
+Every socket goes to an address vetted at the moment of dialling; name, Host and certificate stay those of the URL. No
+redirects, no proxies from the environment, no cookies. `delivery/push/names.py` finds what a name's addresses are,
+`delivery/push/exchange.py` is one request and its answer.
 """
 from __future__ import annotations
 
 import logging
 import math
-import queue
 import resource
-import selectors
+import select
 import socket
 import threading
 import time
@@ -21,27 +21,26 @@ from typing import Any
 import pycurl
 
 from consumers.addresses import Network
-from delivery.push.exchange import Exchange, Outcome, Request
+from delivery.push.exchange import Exchange
 from delivery.push.names import Name, Names
+from delivery.push.request import Headers, Outcome, Request
 
-__all__ = ["Outcome", "Request", "Transport"]
+__all__ = ["Headers", "Outcome", "Request", "Transport"]
 
 log = logging.getLogger(__name__)
 
 MAX_FLIGHTS = 4096  # at a time, and at most half of the files the process may open
 IDLE_EXCHANGES = 256
-CLOSE_S = 1.0
+ATTEND_S = 0.05  # so long nobody steps before `attend` does
 
-_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+_READ, _WRITE = select.POLLIN, select.POLLOUT
 _INTEREST = {pycurl.POLL_IN: _READ, pycurl.POLL_OUT: _WRITE, pycurl.POLL_INOUT: _READ | _WRITE}
-_READY = {_READ: pycurl.CSELECT_IN, _WRITE: pycurl.CSELECT_OUT, _READ | _WRITE: pycurl.CSELECT_IN | pycurl.CSELECT_OUT}
 
 
 class Transport:
     """Sends as many requests at a time as MAX_FLIGHTS allows; later ones wait, and their time begins when they are sent."""
 
-    def __init__(self, outcomes: queue.SimpleQueue[Any], allowed: Sequence[Network]) -> None:
-        self._outcomes = outcomes
+    def __init__(self, allowed: Sequence[Network]) -> None:
         self._allowed = allowed
         self._submitted: deque[Request] = deque()
         self._found: deque[Name] = deque()
@@ -49,37 +48,50 @@ class Transport:
         self._flying: dict[Any, Exchange] = {}  # by curl's handle
         self._unresolved: set[Exchange] = set()
         self._overdue_at = math.inf  # when the first of them is
+        self._outcomes: list[Outcome] = []
         self._idle: list[Exchange] = []
-        self._interest: dict[int, int] = {}  # by file number: what curl waits for
-        self._due = math.inf  # when curl wants to be called without any socket being ready
+        self._wanted: set[int] = set()  # the files that curl waits for
+        self._due = math.inf  # when curl wants to be called without any of them being ready
+        self._lock = threading.Lock()  # held by whoever steps
         self._asleep = False
-        self._closing = False
+        self._nudged = False  # somebody wants `step` to return
+        self._closing = threading.Event()
         self._max_flights = _max_flights()
-        self._selector = selectors.DefaultSelector()
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._woken.setblocking(False)
-        self._selector.register(self._woken, _READ)
+        self._poll = _Poll()
+        self._poll.register(self._woken.fileno(), _READ)
         self._multi = pycurl.CurlMulti()
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
         self._multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
         self._multi.setopt(pycurl.M_MAXCONNECTS, self._max_flights)
-        self._thread = threading.Thread(target=self._run, name="push", daemon=True)
-        self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Begin to send; never blocks."""
+        """To be sent by the next step."""
         self._submitted.append(request)
-        self._wake()
 
-    def close(self) -> None:
-        """Drop every request and end the thread."""
-        self._closing = True
-        self._asleep = True
-        self._wake()
-        self._thread.join(CLOSE_S)
+    def step(self, wait_s: float) -> list[Outcome]:
+        """Send and receive until something is over, somebody wakes us, or `wait_s` have passed. Returns what is over."""
+        end = time.monotonic() + wait_s
+        with self._lock:
+            while not self._closing.is_set():
+                self._advance(end)
+                if self._outcomes or self._nudged or time.monotonic() >= end:
+                    break
+            self._nudged = False
+            outcomes, self._outcomes = self._outcomes, []
+        return outcomes
 
-    def _wake(self) -> None:
+    def begin(self) -> None:
+        """Send what was submitted without waiting for anything: before the caller turns to something that takes time."""
+        if self._submitted:
+            with self._lock:
+                self._advance(0.0)
+
+    def wake(self) -> None:
+        """Let `step` return, now or when it is next called. From any thread."""
+        self._nudged = True
         if self._asleep:
             self._asleep = False
             try:
@@ -87,49 +99,68 @@ class Transport:
             except OSError:
                 pass  # enough is waiting to be read there, or it is closed
 
-    def _name_found(self, name: Name) -> None:
-        self._found.append(name)
-        self._wake()
-
-    # On the thread ---------------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        try:
-            while not self._closing:
+    def attend(self) -> None:
+        """Keep time limits, and take answers in, while `step` is not called; the body of a thread, until `close`."""
+        while not self._closing.wait(ATTEND_S):
+            if self._lock.acquire(blocking=False):
                 try:
-                    self._step()
-                except Exception:
-                    log.exception("push transport: a step failed")
-        finally:
-            self._shut()
+                    if not self._closing.is_set():
+                        self._advance(0.0)
+                finally:
+                    self._lock.release()
 
-    def _step(self) -> None:
-        """Begin what was submitted, let curl do what it can, report what is over, wait."""
-        while self._found:
-            self._go_on(self._found.popleft())
-        while self._submitted and self._has_room():
-            self._begin(self._submitted.popleft())
-        now = time.monotonic()
-        if now >= self._due:
-            self._due = math.inf
-            self._act(pycurl.SOCKET_TIMEOUT, 0)
-        self._gather()
-        if now >= self._overdue_at:
-            self._end_overdue(now)
-        for key, mask in self._wait(now):
-            if key.fd in self._interest:
-                self._act(key.fd, _READY[mask])
-            elif key.fileobj is self._woken:
-                self._woken.recv(4096)
-        self._gather()
+    def close(self) -> None:
+        """Drop every request."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self.wake()
+        with self._lock:
+            self._names.close()
+            for curl in self._flying:
+                self._multi.remove_handle(curl)
+            self._multi.close()
+            for exchange in (*self._flying.values(), *self._unresolved, *self._idle):
+                exchange.curl.close()
+            self._flying, self._unresolved, self._idle = {}, set(), []
+            self._waker.close()
+            self._woken.close()
 
-    def _wait(self, now: float) -> list[tuple[selectors.SelectorKey, int]]:
-        due = min(self._due, self._overdue_at)
+    # By whoever steps ------------------------------------------------------------------------------------------------
+
+    def _advance(self, end: float) -> None:
+        """Begin what was submitted, let curl do what it can, wait for more, at most until `end`."""
+        try:
+            while self._found:
+                self._go_on(self._found.popleft())
+            while self._submitted and self._has_room():
+                self._begin(self._submitted.popleft())
+            now = time.monotonic()
+            if now >= self._due:
+                self._due = math.inf
+                self._act(pycurl.SOCKET_TIMEOUT, 0)
+                self._gather()
+            if now >= self._overdue_at:
+                self._end_overdue(now)
+            for fd, ready in self._wait(end, now):
+                if fd in self._wanted:
+                    # An error or a hang-up shows when it is read, or written to.
+                    self._act(fd, (pycurl.CSELECT_IN if ready & ~_WRITE else 0) | (pycurl.CSELECT_OUT if ready & ~_READ else 0))
+                elif fd == self._woken.fileno():
+                    self._woken.recv(4096)
+                else:
+                    self._forget(fd)
+            self._gather()
+        except Exception:
+            log.exception("push transport: a step failed")
+
+    def _wait(self, end: float, now: float) -> list[tuple[int, int]]:
         self._asleep = True
         # Whoever adds something from here on sends a byte.
-        if self._closing or self._found or (self._submitted and self._has_room()):
-            due = now
-        ready = self._selector.select(max(0.0, due - now) if due < math.inf else None)
+        if self._nudged or self._outcomes or self._found:
+            end = now
+        wait_s = min(end, self._due, self._overdue_at) - now
+        ready: list[tuple[int, int]] = self._poll.poll(wait_s * _POLL_UNIT if wait_s > 0 else 0)
         self._asleep = False
         return ready
 
@@ -147,6 +178,10 @@ class Transport:
             name.waiting.append(exchange)
             self._unresolved.add(exchange)
             self._overdue_at = min(self._overdue_at, exchange.deadline)
+
+    def _name_found(self, name: Name) -> None:
+        self._found.append(name)
+        self.wake()
 
     def _go_on(self, name: Name) -> None:
         """A name was looked up: send what waited for it."""
@@ -196,40 +231,42 @@ class Transport:
     def _end_overdue(self, now: float) -> None:
         for exchange in [one for one in self._unresolved if now >= one.deadline]:
             self._unresolved.discard(exchange)
-            self._outcomes.put(exchange.unresolved(f"no answer within {exchange.request.timeout_s:g} s"))
+            self._outcomes.append(exchange.unresolved(f"no answer within {exchange.request.timeout_s:g} s"))
         self._overdue_at = min((one.deadline for one in self._unresolved), default=math.inf)
 
     def _report(self, exchange: Exchange, outcome: Outcome) -> None:
         if len(self._idle) < IDLE_EXCHANGES:
             self._idle.append(exchange)
-        self._outcomes.put(outcome)
+        self._outcomes.append(outcome)
 
-    def _watch(self, what: int, fd: int, multi: Any, _data: Any) -> None:
-        """Curl says what it waits for on a socket."""
-        wanted = _INTEREST.get(what, 0)
-        before = self._interest.get(fd, 0)
-        if wanted == before:
+    def _watch(self, what: int, fd: int, _multi: Any, _data: Any) -> None:
+        """Curl says what it waits for on a socket.
+
+        One that it no longer waits for stays registered: mostly the next request goes over it in a moment.
+        """
+        wanted = _INTEREST.get(what)
+        if wanted is None:
+            self._wanted.discard(fd)
             return
-        if not wanted:
-            del self._interest[fd]
-            self._selector.unregister(fd)
-        else:
-            self._interest[fd] = wanted
-            (self._selector.modify if before else self._selector.register)(fd, wanted)
+        self._wanted.add(fd)
+        try:
+            self._poll.modify(fd, wanted)
+        except FileNotFoundError:
+            self._poll.register(fd, wanted)
+
+    def _forget(self, fd: int) -> None:
+        """Nobody waits for it, and yet something happens there: an idle connection was closed."""
+        try:
+            self._poll.unregister(fd)
+        except (OSError, KeyError):
+            pass  # it was closed here too
 
     def _set_timer(self, wait_ms: int) -> None:
         self._due = math.inf if wait_ms < 0 else time.monotonic() + wait_ms / 1000
 
-    def _shut(self) -> None:
-        self._names.close()
-        for curl in self._flying:
-            self._multi.remove_handle(curl)
-        self._multi.close()
-        for exchange in (*self._flying.values(), *self._unresolved, *self._idle):
-            exchange.curl.close()
-        self._selector.close()
-        self._waker.close()
-        self._woken.close()
+
+# Registering a file that is registered, or modifying one that is not, says the same with both. Only the unit of time differs.
+_Poll, _POLL_UNIT = (select.epoll, 1) if hasattr(select, "epoll") else (select.poll, 1000)
 
 
 def _max_flights() -> int:

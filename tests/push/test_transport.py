@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import queue
 import socket
 import ssl
 import threading
@@ -21,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from delivery.push import exchange, names, transport
-from delivery.push.transport import Outcome, Request, Transport
+from delivery.push.transport import Headers, Outcome, Request, Transport
 from tests.conftest import wait_until
 from tests.push.endpoint import Endpoint, status
 
@@ -31,21 +30,38 @@ RESET = b"\1\0\0\0\0\0\0\0"  # SO_LINGER: on, 0 s
 
 
 class Sender:
-    """A transport and the queue of its outcomes."""
+    """A transport and what it has reported so far."""
 
     def __init__(self, allowed: Any = LOOPBACK) -> None:
-        self.outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.transport = Transport(self.outcomes, allowed)
+        self.outcomes: list[Outcome] = []
+        self.transport = Transport(allowed)
 
     def submit(self, url: str, *, body: bytes = b"{}", timeout_s: float = 5.0, tag: Any = None, **headers: str) -> None:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.transport.submit(Request(url, {"Content-Type": "application/json", **named}, body, timeout_s, tag or url))
+        self.transport.submit(Request(url, Headers({"Content-Type": "application/json", **named}), body, timeout_s, tag or url))
+
+    def step(self, wait_s: float = 0.0) -> None:
+        self.outcomes += self.transport.step(wait_s)
+
+    def get(self, timeout: float = 20) -> Outcome:
+        end = time.monotonic() + timeout
+        while not self.outcomes:
+            assert time.monotonic() < end, "no outcome"
+            self.step(end - time.monotonic())
+        return self.outcomes.pop(0)
+
+    def until(self, happened: Callable[[], bool], timeout: float, what: str) -> None:
+        """Step until something has happened at the other end."""
+
+        def stepped() -> bool:
+            self.step()
+            return happened()
+
+        wait_until(stepped, timeout, what)
 
     def post(self, url: str, **how: Any) -> Outcome:
         self.submit(url, **how)
-        outcome = self.outcomes.get(timeout=20)
-        assert isinstance(outcome, Outcome)
-        return outcome
+        return self.get()
 
 
 @pytest.fixture
@@ -361,7 +377,7 @@ def test_more_requests_than_files_wait_for_their_turn(sender: Any, wire: Any, mo
     slow, one = wire(hold), sender()
     for _ in range(9):
         one.submit(slow.url, timeout_s=0.3)
-    late = [one.outcomes.get(timeout=10) for _ in range(9)]
+    late = [one.get() for _ in range(9)]
     assert {outcome.error for outcome in late} == {"no answer within 0.3 s"}
     assert all(outcome.duration_ms < 3000 for outcome in late) and len(slow.got) == 9
 
@@ -376,11 +392,11 @@ def test_500_hanging_requests_hold_up_nobody(sender: Any, wire: Any) -> None:
     hanging, quick, one = wire(hold), wire(sends(PLAIN)), sender()
     for _ in range(500):
         one.submit(hanging.url, timeout_s=60)
-    wait_until(lambda: len(hanging.got) == 500, 20, "500 connections")
+    one.until(lambda: len(hanging.got) == 500, 20, "500 connections")
     began = time.monotonic()
     assert all(one.post(quick.url).ok for _ in range(50))
     assert time.monotonic() - began < 5
-    assert one.outcomes.empty()
+    assert one.outcomes == []
 
 
 def test_proxies_of_the_environment_are_not_used(sender: Any, endpoint: Any, wire: Any, monkeypatch: Any) -> None:
@@ -396,15 +412,15 @@ def test_closing_drops_what_is_in_flight(wire: Any) -> None:
     where, one = wire(hold), Sender()
     for _ in range(50):
         one.submit(where.url, timeout_s=60)
-    wait_until(lambda: len(where.got) == 50, 10, "50 connections")
+    one.until(lambda: len(where.got) == 50, 10, "50 connections")
     began = time.monotonic()
     one.transport.close()
-    assert time.monotonic() - began < 1 and not one.transport._thread.is_alive()
+    assert time.monotonic() - began < 1
     for conn in where.got:
         conn.settimeout(5)
         assert read_request(conn) and conn.recv(1) == b""
     one.submit(where.url)
-    assert one.outcomes.empty()
+    assert one.outcomes == []
 
 
 # Names ---------------------------------------------------------------------------------------------------------------------
@@ -434,11 +450,11 @@ def test_silent_name_servers_hold_up_nobody(sender: Any, endpoint: Any, name_ser
     try:
         outcome = one.post(where.url.replace("127.0.0.1", "hooks.example"))
         assert outcome.ok
-        late = [one.outcomes.get(timeout=10) for _ in range(30)]
+        late = [one.get() for _ in range(30)]
         assert {o.error for o in late} == {"the name cannot be resolved: no answer within 1 s"}
         began = time.monotonic()
         one.transport.close()
-        assert time.monotonic() - began < 1 and not one.transport._thread.is_alive()
+        assert time.monotonic() - began < 1
     finally:
         answers.set()
 
@@ -514,7 +530,7 @@ def test_no_address_that_is_not_public_is_dialled(sender: Any, name_server: Any,
     assert len(hosts) >= 40
     for host in hosts:
         one.submit(f"{scheme}://{host}:{port}/", tag=host)
-    outcomes = {outcome.tag: outcome for outcome in (one.outcomes.get(timeout=20) for _ in hosts)}
+    outcomes = {outcome.tag: outcome for outcome in (one.get() for _ in hosts)}
     assert outcomes.keys() == set(hosts)
     wrong = {
         host: outcome.error
