@@ -18,7 +18,7 @@ from delivery.push import retry
 from delivery.push.request import Headers
 
 FIRST_WINDOW = 2
-AHEAD, MOST_AHEAD = 20, 200  # messages in hand: so many times what is in flight, while that is little
+AHEAD, MOST_AHEAD = 40, 400  # messages in hand: so many times what is in flight, while that is little
 PROBE_CHOICE = 20  # messages to choose a probe from, so that it need not be one that keeps failing
 
 
@@ -110,7 +110,7 @@ class EndpointState:
         self.hold_until = max(self.hold_until, until)
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
     target: Target
     endpoint: EndpointState

@@ -46,7 +46,8 @@ class Names:
 
     def __init__(self, found: Callable[[Name], None]) -> None:
         self._found = found
-        self._names: dict[str, Name | None] = {}
+        self._by_url: dict[str, Name | None] = {}
+        self._by_place: dict[str, Name | None] = {}  # scheme, host and port: one lookup for all URLs there
         self._work: queue.SimpleQueue[Name | None] = queue.SimpleQueue()
         self._threads = 0
         self._unfinished = 0
@@ -54,14 +55,16 @@ class Names:
 
     def get(self, url: str, now: float) -> Name | None:
         """The name a URL leads to, being looked up if need be; None when there is none to look up."""
-        place = url.split("/", 3)[:3]
-        key = "/".join(place)
         try:
-            name = self._names[key]
+            name = self._by_url[url]
         except KeyError:
-            if len(self._names) >= KEPT_NAMES:
-                self._names.clear()
-            name = self._names[key] = _name_in(url)
+            place = "/".join(url.split("/", 3)[:3])
+            if len(self._by_url) >= KEPT_NAMES:
+                self._by_url.clear()
+                self._by_place.clear()
+            if place not in self._by_place:
+                self._by_place[place] = _name_in(url)
+            name = self._by_url[url] = self._by_place[place]
         if name is not None and not name.looking and now - name.found_at >= FRESH_S:
             name.looking = True
             self._look_up(name)

@@ -1,8 +1,8 @@
 """Serve many push consumers at once: claim, send, settle. One pump per worker slot.
 
 A pump holds the turns of its share of the consumers. Nothing blocks its loop but the store: requests run in the transport,
-which the loop drives itself while it waits, and which a thread attends to while the loop is in the store. Notices come from
-a listening thread, and what transforms have made from theirs.
+which the loop drives itself, also while it waits for the store. Notices come from a listening thread, and what transforms
+have made from theirs.
 """
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ import random
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
 import psycopg
 from django.conf import settings
 from django.db import DatabaseError, connection, transaction
+from psycopg import waiting
+from psycopg.waiting import Ready, Wait
 
 from consumers.backoff import delay_ms
 from consumers.envelope import Addressing, addressing, idempotency_key, render
@@ -49,7 +52,7 @@ ACKS_EVERY_S = 0.003
 ACKS_AT_ONCE = 200
 TRANSFORM_S = 5.0  # of one batch; what is not begun by then goes back
 TRANSFORMS = 256  # that run at once, one a consumer: a slow one holds up no other
-SMALLEST_CLAIM = 100  # messages under one lease, when batches are smaller
+LEASE_MESSAGES = 200  # under one lease, when batches are smaller
 ATTEMPTS_EVERY_S = 0.25
 HEADER_CHARACTERS = 200  # kept of a header's value, for people
 SUCCESSES_A_ROUND = 50  # of one consumer, that are kept of those in ATTEMPTS_EVERY_S, for people
@@ -96,6 +99,9 @@ class Pump:
         self._transport = Transport(settings.SEQUIN_ALLOWED_NETWORKS)
         self._lanes: dict[UUID, Lane] = {}
         self._endpoints: dict[UUID, EndpointState] = defaultdict(EndpointState)
+        self._arrived: list[Outcome] = []  # while the store worked, not settled yet
+        self._sends_meanwhile = False  # while the store works
+        self._hooked: psycopg.Connection[Any] | None = None
         self._settled: list[Lane] = []  # those with acks that are not written yet
         self._gathered = 0  # such acks
         self._attempts: list[Attempt] = []
@@ -116,6 +122,8 @@ class Pump:
         finally:
             self._stopped = True
             self._finish()
+            if self._hooked is not None:
+                del self._hooked.wait
 
     def _may_run(self) -> bool:
         return not self._stopped and not self._stopping()
@@ -123,6 +131,7 @@ class Pump:
     def _round(self) -> None:
         """Hold turns, claim, send, then take in what has happened."""
         now = time.monotonic()
+        self._hook()
         self._hold_on(now)
         if now - self._swept_at >= SWEEP_S:
             self._swept_at = now
@@ -137,7 +146,8 @@ class Pump:
                 self._send(lane, now)
         # Acks are gathered while answers keep coming in, and written before anybody waits.
         if not self._take_in(ACKS_EVERY_S if self._settled else TICK_S) or self._gathered >= ACKS_AT_ONCE:
-            self._acknowledge()
+            with self._sending_meanwhile():
+                self._acknowledge()
         if self._drained:
             self._release_quiet()
 
@@ -235,14 +245,14 @@ class Pump:
         if not due or room <= 0 or not lane.endpoint.may_send(now):
             return False
         lane.look_at = 0.0
-        self._transport.begin()
-        # First what is done: a group that counts as out would be parked behind itself.
-        self._acknowledge()
-        size = max(lane.target.batch_size, min(room, SMALLEST_CLAIM))
+        size = max(lane.target.batch_size, min(room, LEASE_MESSAGES))
         while room > 0:
-            claim = claims.claim(lane.target.consumer_id, min(size, room), lease_ms=lane.target.lease_ms, holder=self.holder)
+            with self._sending_meanwhile():
+                # First what is done: a group that counts as out would be parked behind itself.
+                self._acknowledge()
+                claim = claims.claim(lane.target.consumer_id, min(size, room), lease_ms=lane.target.lease_ms, holder=self.holder)
             if claim.token is None:
-                lane.hungry = not claim.at_end
+                lane.hungry = not claim.at_end or bool(lane.acks)  # what was answered meanwhile may have held others back
                 if claim.next_due_ms is not None:
                     lane.look_at = now + claim.next_due_ms / 1000 + 0.005
                 break
@@ -306,7 +316,8 @@ class Pump:
         """Wait for something to happen, then take in all of it; false when nothing has."""
         if wait_s and self._transport_is_idle():
             wait_s = self._until_due(wait_s)
-        outcomes = self._transport.step(wait_s)
+        arrived, self._arrived = self._arrived, []
+        outcomes = arrived + self._transport.step(0.0 if arrived or self._events else wait_s)
         happened = bool(outcomes or self._events)
         while self._events:
             event = self._events.popleft()
@@ -317,6 +328,47 @@ class Pump:
         if outcomes:
             self._settle(outcomes)
         return happened
+
+    def _hook(self) -> None:
+        """Let waiting for the store be `_wait`."""
+        raw = connection.connection
+        if raw is not None and raw is not self._hooked:
+            self._hooked = raw
+            raw.wait = self._wait
+
+    def _wait(self, query: Generator[Wait, Ready, Any], interval: float = TICK_S, timeout: float | None = None) -> Any:
+        """As psycopg's Connection.wait, but requests go on while the store works."""
+        assert self._hooked is not None
+        fd = self._hooked.pgconn.socket
+        try:
+            wants = next(query)
+            while wants == Wait.R and timeout is None:
+                is_ready, outcomes = self._transport.step_beside(fd, interval)
+                self._arrived += outcomes
+                if self._sends_meanwhile and self._arrived:
+                    self._go_on()
+                wants = query.send(Ready.R if is_ready else Ready.NONE)
+        except StopIteration as ended:
+            return ended.value
+        return waiting.wait(query, fd, interval, timeout)
+
+    @contextmanager
+    def _sending_meanwhile(self) -> Iterator[None]:
+        """While the store works in here, the next requests may be sent: nothing it is asked changes what those are."""
+        self._sends_meanwhile = True
+        try:
+            yield
+        finally:
+            self._sends_meanwhile = False
+
+    def _go_on(self) -> None:
+        """Settle what arrived, but for failures, which the store is told at once, and send what comes next."""
+        good = [outcome for outcome in self._arrived if outcome.ok]
+        self._arrived = [outcome for outcome in self._arrived if not outcome.ok]
+        self._settle(good)
+        now = time.monotonic()
+        for lane in {outcome.tag.lane for outcome in good}:
+            self._send(lane, now)
 
     def _transport_is_idle(self) -> bool:
         return not any(lane.flights for lane in self._lanes.values())
@@ -357,8 +409,8 @@ class Pump:
     def _acknowledge(self) -> None:
         """Write the acks gathered so far."""
         self._gathered = 0
-        while self._settled:
-            lane = self._settled.pop()
+        for _ in range(len(self._settled)):  # not those that come meanwhile
+            lane = self._settled.pop(0)
             acks, lane.acks = lane.acks, []
             claims.ack(lane.target.consumer_id, acks)
 

@@ -34,7 +34,7 @@ IDLE_EXCHANGES = 256
 ATTEND_S = 0.05  # so long nobody steps before `attend` does
 
 _READ, _WRITE = select.POLLIN, select.POLLOUT
-_INTEREST = {pycurl.POLL_IN: _READ, pycurl.POLL_OUT: _WRITE, pycurl.POLL_INOUT: _READ | _WRITE}
+_INTEREST = {pycurl.POLL_NONE: 0, pycurl.POLL_IN: _READ, pycurl.POLL_OUT: _WRITE, pycurl.POLL_INOUT: _READ | _WRITE}
 
 
 class Transport:
@@ -51,6 +51,8 @@ class Transport:
         self._outcomes: list[Outcome] = []
         self._idle: list[Exchange] = []
         self._wanted: set[int] = set()  # the files that curl waits for
+        self._beside = -1
+        self._beside_is_ready = False
         self._due = math.inf  # when curl wants to be called without any of them being ready
         self._lock = threading.Lock()  # held by whoever steps
         self._asleep = False
@@ -73,21 +75,22 @@ class Transport:
 
     def step(self, wait_s: float) -> list[Outcome]:
         """Send and receive until something is over, somebody wakes us, or `wait_s` have passed. Returns what is over."""
+        return self.step_beside(-1, wait_s)[1]
+
+    def step_beside(self, fd: int, wait_s: float) -> tuple[bool, list[Outcome]]:
+        """As `step`, but also until there is something to read from a file of the caller's. Returns whether there is."""
         end = time.monotonic() + wait_s
         with self._lock:
+            self._beside, self._beside_is_ready = fd, False
+            if fd >= 0:
+                self._register(fd, _READ)
             while not self._closing.is_set():
                 self._advance(end)
-                if self._outcomes or self._nudged or time.monotonic() >= end:
+                if self._outcomes or self._nudged or self._beside_is_ready or time.monotonic() >= end:
                     break
-            self._nudged = False
+            self._beside, self._nudged = -1, False
             outcomes, self._outcomes = self._outcomes, []
-        return outcomes
-
-    def begin(self) -> None:
-        """Send what was submitted without waiting for anything: before the caller turns to something that takes time."""
-        if self._submitted:
-            with self._lock:
-                self._advance(0.0)
+            return self._beside_is_ready, outcomes
 
     def wake(self) -> None:
         """Let `step` return, now or when it is next called. From any thread."""
@@ -133,9 +136,9 @@ class Transport:
         try:
             while self._found:
                 self._go_on(self._found.popleft())
-            while self._submitted and self._has_room():
-                self._begin(self._submitted.popleft())
             now = time.monotonic()
+            while self._submitted and len(self._flying) + len(self._unresolved) < self._max_flights:
+                self._begin(self._submitted.popleft(), now)
             if now >= self._due:
                 self._due = math.inf
                 self._act(pycurl.SOCKET_TIMEOUT, 0)
@@ -146,6 +149,8 @@ class Transport:
                 if fd in self._wanted:
                     # An error or a hang-up shows when it is read, or written to.
                     self._act(fd, (pycurl.CSELECT_IN if ready & ~_WRITE else 0) | (pycurl.CSELECT_OUT if ready & ~_READ else 0))
+                elif fd == self._beside:
+                    self._beside_is_ready = True
                 elif fd == self._woken.fileno():
                     self._woken.recv(4096)
                 else:
@@ -164,16 +169,14 @@ class Transport:
         self._asleep = False
         return ready
 
-    def _has_room(self) -> bool:
-        return len(self._flying) + len(self._unresolved) < self._max_flights
-
-    def _begin(self, request: Request) -> None:
+    def _begin(self, request: Request, now: float) -> None:
         exchange = self._idle.pop() if self._idle else Exchange(self._allowed)
-        now = time.monotonic()
         exchange.take(request, now)
         name = self._names.get(request.url, now)
-        if name is None or name.is_usable(now):
-            self._send(exchange, name.entry if name else "", now)
+        if name is None:
+            self._send(exchange, "", now)
+        elif name.is_usable(now):
+            self._send(exchange, name.entry, now)
         else:
             name.waiting.append(exchange)
             self._unresolved.add(exchange)
@@ -244,11 +247,13 @@ class Transport:
 
         One that it no longer waits for stays registered: mostly the next request goes over it in a moment.
         """
-        wanted = _INTEREST.get(what)
-        if wanted is None:
+        if what == pycurl.POLL_REMOVE:
             self._wanted.discard(fd)
-            return
-        self._wanted.add(fd)
+        else:
+            self._wanted.add(fd)
+            self._register(fd, _INTEREST[what])
+
+    def _register(self, fd: int, wanted: int) -> None:
         try:
             self._poll.modify(fd, wanted)
         except FileNotFoundError:
@@ -262,7 +267,10 @@ class Transport:
             pass  # it was closed here too
 
     def _set_timer(self, wait_ms: int) -> None:
-        self._due = math.inf if wait_ms < 0 else time.monotonic() + wait_ms / 1000
+        if wait_ms > 0:
+            self._due = time.monotonic() + wait_ms / 1000
+        else:
+            self._due = math.inf if wait_ms else 0.0  # -1: not at all
 
 
 # Registering a file that is registered, or modifying one that is not, says the same with both. Only the unit of time differs.

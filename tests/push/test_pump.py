@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from django.db import connection
+from django.db import connection, transaction
 from standardwebhooks import Webhook
 
 from consumers import changes
@@ -522,15 +522,37 @@ def test_an_edit_of_what_is_wanted_applies_to_all_that_is_not_sent(log: Log, end
     configured.actions = ["delete"]
     changes.save(configured)
 
-    def in_hand() -> bool:
+    def claimed_anew() -> bool:
         with connection.cursor() as cursor:
-            cursor.execute("SELECT EXISTS (SELECT FROM leases, messages m WHERE m.id = ANY (ids) AND m.action = 'D')")
-            return bool(cursor.fetchone()[0])
+            cursor.execute("SELECT array_agg(m.action ORDER BY m.id) FROM leases, messages m WHERE m.id = ANY (ids)")
+            return bool(cursor.fetchone()[0] == ["I", "D"])  # the first is in flight
 
-    wait_until(in_hand, 10, "the rest to be claimed anew")
+    wait_until(claimed_anew, 10, "the rest to be claimed anew")
     release.set()
     delivered(consumer, 2)
     assert where.ids == [1, 3] and lifecycle.backlog(consumer).undelivered == 0
+
+
+def test_while_the_store_is_slow_what_is_in_hand_is_sent_and_a_failure_holds_up_its_group(log: Log, endpoint: Any, pump: Any) -> None:
+    release = threading.Event()
+
+    def answer(got: Got, handler: Any) -> None:
+        release.wait(30)
+        failing = got.ids == [5] and where.ids.count(5) == 1
+        status(500 if failing else 204)(got, handler)
+
+    where = endpoint(answer)
+    consumer = push_to(log, where, concurrency=2)
+    log.append(*[log.row(key) for key in range(20)], log.row(5))
+    pump()
+    wait_until(lambda: len(where.got) == 2, 10, "the first requests")
+    with transaction.atomic():
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT FROM consumer_position WHERE consumer = %s FOR UPDATE", [consumer])
+        release.set()
+        wait_until(lambda: sorted(where.ids) == list(range(20)), 10, "the others, though nothing can be acknowledged")
+    delivered(consumer, 21)
+    assert where.ids.count(5) == 3 and len(where.ids) == 22
 
 
 def test_a_consumer_deleted_in_flight_harms_nobody(log: Log, endpoint: Any, pump: Any) -> None:

@@ -327,6 +327,27 @@ def test_an_endless_head_is_no_answer(sender: Any, wire: Any) -> None:
     assert outcome.status is None and "headers are longer than 65536 bytes" in outcome.error
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\n" + (b"X-More: " + b"x" * 1000 + b"\r\n") * 70 + b"Content-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * exchange.HEAD_LINES + b"Content-Length: 0\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\n" * exchange.HEAD_LINES + PLAIN,
+    ],
+)
+def test_a_whole_head_that_is_too_long_is_no_answer(sender: Any, wire: Any, head: bytes) -> None:
+    outcome = sender().post(wire(sends(head)).url)
+    assert outcome.status is None and "headers are longer than 65536 bytes" in outcome.error
+
+
+def test_trailers_change_nothing(sender: Any, wire: Any) -> None:
+    rest = b"Transfer-Encoding: chunked\r\nRetry-After: 7\r\n\r\n2\r\nok\r\n0\r\nRetry-After: 9\r\nLocation: /x\r\n\r\n"
+    good = sender().post(wire(sends(b"HTTP/1.1 200 OK\r\n" + rest)).url)
+    assert (good.status, good.response) == (200, "ok")
+    bad = sender().post(wire(sends(b"HTTP/1.1 503 Busy\r\n" + rest)).url)
+    assert (bad.status, bad.retry_after, bad.error) == (503, "7", "answered 503")
+
+
 def test_a_refused_connection_says_so(sender: Any, free_port: int) -> None:
     assert sender().post(f"http://127.0.0.1:{free_port}/").error == "Connection refused"
 
@@ -397,6 +418,34 @@ def test_500_hanging_requests_hold_up_nobody(sender: Any, wire: Any) -> None:
     assert all(one.post(quick.url).ok for _ in range(50))
     assert time.monotonic() - began < 5
     assert one.outcomes == []
+
+
+def test_time_limits_are_kept_and_answers_taken_in_while_nobody_steps(sender: Any, wire: Any) -> None:
+    slow, quick, one = wire(hold), wire(sends(PLAIN, close=True)), sender()
+    one.submit(slow.url, timeout_s=0.3, tag="slow")
+    one.submit(quick.url, tag="quick")
+    threading.Thread(target=one.transport.attend, daemon=True).start()
+    wait_until(lambda: slow.got and quick.got, 10, "both to be dialled")
+    slow.got[0].settimeout(10)
+    assert read_request(slow.got[0]) and slow.got[0].recv(1) == b"", "ended at its time"
+    one.step()
+    assert [(outcome.tag, outcome.status) for outcome in one.outcomes] == [("quick", 200), ("slow", None)]
+
+
+def test_a_step_ends_when_somebody_wakes_it_or_another_file_can_be_read(sender: Any, wire: Any) -> None:
+    where, one = wire(hold), sender()
+    one.submit(where.url, timeout_s=60)
+    began = time.monotonic()
+    one.transport.wake()
+    assert one.transport.step(60) == [], "woken before"
+    threading.Timer(0.1, one.transport.wake).start()
+    assert one.transport.step(60) == [], "woken meanwhile"
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert one.transport.step_beside(ours.fileno(), 0.0) == (False, [])
+        theirs.send(b"x")
+        assert one.transport.step_beside(ours.fileno(), 60) == (True, [])
+    assert time.monotonic() - began < 20
 
 
 def test_proxies_of_the_environment_are_not_used(sender: Any, endpoint: Any, wire: Any, monkeypatch: Any) -> None:
