@@ -1,12 +1,14 @@
-"""Measure pushes a second, single and in batches of 100, beside a bare keep-alive loop over libcurl, alternating.
+"""Measure pushes a second, single and in batches of 100, beside bare keep-alive loops that post the same bytes, alternating.
 
-The sink is a process of its own on loopback that answers at once. The bare loop posts the same bytes with as many requests in
-flight as the pump has, and does nothing else: no claim, no rendering, no signature, no ack.
+The sink is a process of its own on loopback that answers at once. The bare loops do nothing else: no claim, no rendering, no
+signature, no ack. One is a single handle of libcurl's, `perform()` after `perform()`; one has as many requests in flight as the
+pump, on libcurl's multi interface; one is a Session of requests.
 """
 from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
 import socket
 import statistics
@@ -25,23 +27,17 @@ os.environ["SEQUIN_TEST_DURABLE"] = "1"
 
 CONCURRENCY = 10
 ROUNDS = 3
-SINGLE, BATCHED = 3_000, 100_000
+SINGLE, BATCHED = 20_000, 200_000
 
 
 @contextmanager
 def sink(take: Callable[[bytes], None] | None = None) -> Iterator[int]:
     """A process that reads requests and answers 204; its port. `take` is given each body, before the answer."""
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(256)
-    port = int(listener.getsockname()[1])
-    pid = os.fork()
-    if not pid:
-        while True:
-            conn, _ = listener.accept()
-            threading.Thread(target=answer, args=(conn, take), daemon=True).start()
-    listener.close()
+    with socket.create_server(("127.0.0.1", 0), backlog=256) as listener:
+        port = int(listener.getsockname()[1])
+        pid = os.fork()
+        if not pid:
+            serve(listener, take)
     try:
         yield port
     finally:
@@ -49,40 +45,76 @@ def sink(take: Callable[[bytes], None] | None = None) -> Iterator[int]:
         os.waitpid(pid, 0)
 
 
-def answer(conn: socket.socket, take: Callable[[bytes], None] | None) -> None:
-    conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    held = b""
+def serve(listener: socket.socket, take: Callable[[bytes], None] | None) -> None:
+    """One thread for all connections, so that the sink takes as little as it can from those it measures."""
+    ready = select.epoll()
+    ready.register(listener, select.EPOLLIN)
+    connections: dict[int, socket.socket] = {}
+    held: dict[int, bytes] = {}  # of a request that is not there as a whole
     while True:
-        while b"\r\n\r\n" not in held:
-            more = conn.recv(262_144)
-            if not more:
-                return
-            held += more
-        head, _, rest = held.partition(b"\r\n\r\n")
-        length = int(next(line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")).split(b":")[1])
-        while len(rest) < length:
-            rest += conn.recv(262_144)
-        held = rest[length:]
+        for fd, _ in ready.poll():
+            if fd == listener.fileno():
+                conn, _ = listener.accept()
+                conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                ready.register(conn, select.EPOLLIN)
+                connections[conn.fileno()] = conn
+                continue
+            conn = connections[fd]
+            try:
+                data = conn.recv(65_536)
+                answers, held[fd] = answer(held.get(fd, b"") + data, take)
+                conn.sendall(answers)
+            except OSError:
+                data = b""
+            if not data:
+                ready.unregister(fd)
+                connections.pop(fd).close()
+                held.pop(fd, None)
+
+
+def answer(data: bytes, take: Callable[[bytes], None] | None) -> tuple[bytes, bytes]:
+    """The answers to all requests that are there as a whole, and the rest."""
+    answers = b""
+    while (end := data.find(b"\r\n\r\n") + 4) > 3:
+        head = data[:end].lower()
+        size = end + int(head.partition(b"content-length:")[2].partition(b"\r")[0])
+        if len(data) < size:
+            break
         if take is not None:
-            take(rest[:length])
-        conn.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+            take(data[end:size])
+        data = data[size:]
+        answers += b"HTTP/1.1 204 No Content\r\n\r\n"
+    return answers, data
 
 
-def bare(url: str, body: bytes, headers: dict[str, str], count: int) -> float:
-    """POSTs a second of a bare loop over libcurl with CONCURRENCY requests in flight, connections kept alive."""
+def handle(url: str, body: bytes) -> Any:
     import pycurl
 
-    def handle() -> Any:
-        made = pycurl.Curl()
-        made.setopt(pycurl.URL, url)
-        made.setopt(pycurl.POST, 1)
-        made.setopt(pycurl.POSTFIELDS, body)
-        made.setopt(pycurl.HTTPHEADER, [f"{name}: {value}" for name, value in headers.items()] + ["Expect:"])
-        made.setopt(pycurl.WRITEFUNCTION, lambda data: None)
-        return made
+    made = pycurl.Curl()
+    made.setopt(pycurl.URL, url)
+    made.setopt(pycurl.POST, 1)
+    made.setopt(pycurl.POSTFIELDS, body)
+    made.setopt(pycurl.HTTPHEADER, [f"{name}: {value}" for name, value in HEADERS.items()] + ["Expect:"])
+    made.setopt(pycurl.WRITEFUNCTION, lambda data: None)
+    return made
+
+
+def one_handle(url: str, body: bytes, count: int) -> float:
+    """POSTs a second of the plainest loop over libcurl: one request after another on one connection."""
+    one = handle(url, body)
+    one.perform()
+    began = time.perf_counter()
+    for _ in range(count):
+        one.perform()
+    return count / (time.perf_counter() - began)
+
+
+def many_in_flight(url: str, body: bytes, count: int) -> float:
+    """POSTs a second of a loop over libcurl with CONCURRENCY requests in flight, connections kept alive."""
+    import pycurl
 
     multi = pycurl.CurlMulti()
-    handles = [handle() for _ in range(CONCURRENCY)]
+    handles = [handle(url, body) for _ in range(CONCURRENCY)]
     for one in handles:
         multi.add_handle(one)
     sent, done = CONCURRENCY, 0
@@ -100,6 +132,21 @@ def bare(url: str, body: bytes, headers: dict[str, str], count: int) -> float:
         if not good:
             multi.select(1.0)
     return count / (time.perf_counter() - began)
+
+
+def session(url: str, body: bytes, count: int) -> float:
+    """POSTs a second of requests at its best: prepared once, sent by the adapter."""
+    import requests
+
+    with requests.Session() as kept:
+        kept.trust_env = False
+        prepared = kept.prepare_request(requests.Request("POST", url, HEADERS, data=body))
+        adapter = kept.get_adapter(url)
+        adapter.send(prepared).close()
+        began = time.perf_counter()
+        for _ in range(count):
+            assert adapter.send(prepared).content == b""
+        return count / (time.perf_counter() - began)
 
 
 def main() -> None:
@@ -124,15 +171,19 @@ def measure(url: str) -> None:
     from django.core.management import call_command
 
     call_command("migrate", verbosity=0)
-    print(f"{'':22}{'pump':>12}{'bare loop':>12}{'ratio':>8}   (median of {ROUNDS} alternating rounds, {CONCURRENCY} in flight)")
+    print(f"median of {ROUNDS} alternating rounds; in brackets the pump's share of it, by rounds")
+    print(f"{'':24}{'pump':>10}" + "".join(f"{name:>24}" for name in LOOPS))
     for name, batch, count in (("single, POST/s", 1, SINGLE), ("batches of 100, msg/s", 100, BATCHED)):
-        ours, theirs = [], []
+        body = b'{"data":[' + b",".join([BODY] * batch) + b"]}" if batch > 1 else BODY
+        rounds = []
         for _ in range(ROUNDS):
-            ours.append(pumped(url, batch, count))
-            body = b'{"data":[' + b",".join([BODY] * batch) + b"]}" if batch > 1 else BODY
-            theirs.append(bare(url, body, HEADERS, max(CONCURRENCY, count // batch)) * batch)
-        ratio = statistics.median(o / t for o, t in zip(ours, theirs, strict=True))
-        print(f"{name:22}{statistics.median(ours):12,.0f}{statistics.median(theirs):12,.0f}{ratio:8.2f}")
+            ours = pumped(url, batch, count)
+            rounds.append((ours, [loop(url, body, max(1000, count // batch)) * batch for loop in LOOPS.values()]))
+        print(f"{name:24}{statistics.median(ours for ours, _ in rounds):10,.0f}", end="")
+        for at in range(len(LOOPS)):
+            ratio = statistics.median(ours / theirs[at] for ours, theirs in rounds)
+            print(f"{statistics.median(theirs[at] for _, theirs in rounds):17,.0f} ({ratio:.2f})", end="")
+        print()
     print(f"peak memory of the pump's process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 
@@ -144,6 +195,13 @@ BODY = (
     b'"transaction_annotations":null,"consumer":{"id":"6a63bbb1-6ac1-4adf-9562-f1094c72216f","name":"bench"},"database":'
     b'{"id":"6a63bbb1-6ac1-4adf-9562-f1094c72216f","name":"shop","database":"shop"}}}'
 )
+
+
+LOOPS: dict[str, Callable[[str, bytes, int], float]] = {
+    "one handle": one_handle,
+    f"{CONCURRENCY} in flight": many_in_flight,
+    "requests": session,
+}
 
 
 def pumped(url: str, batch: int, count: int) -> float:

@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ import psycopg
 from django.conf import settings
 from django.db import DatabaseError, connection, transaction
 from psycopg import waiting
+from psycopg.abc import PQGen
 from psycopg.waiting import Ready, Wait
 
 from consumers.backoff import delay_ms
@@ -336,7 +337,7 @@ class Pump:
             self._hooked = raw
             raw.wait = self._wait
 
-    def _wait(self, query: Generator[Wait, Ready, Any], interval: float = TICK_S, timeout: float | None = None) -> Any:
+    def _wait(self, query: PQGen[Any], interval: float = TICK_S, timeout: float | None = None) -> Any:
         """As psycopg's Connection.wait, but requests go on while the store works."""
         assert self._hooked is not None
         fd = self._hooked.pgconn.socket
