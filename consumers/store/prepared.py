@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import psycopg
 from django.db import connection
+from psycopg import generators
 from psycopg.adapt import Transformer
 from psycopg.pq import ConnStatus, ExecStatus
 
@@ -57,7 +58,9 @@ class Statement:
         if self._name not in session.prepared:
             _good(raw, pg.prepare(self._name, self._text.encode()))
             session.prepared.add(self._name)
-        result = _good(raw, pg.exec_prepared(self._name, parameters))
+        pg.send_query_prepared(self._name, parameters)
+        # Not pg.exec_prepared: who waits for the connection may have something else to do meanwhile, as a pump has.
+        result = _good(raw, raw.wait(generators.execute(pg))[-1])
         session.loads.set_pgresult(result)
         rows = session.loads.load_rows(0, result.ntuples, tuple)
         session.loads.set_pgresult(None)
