@@ -166,13 +166,14 @@ class Lane:
         batch: list[InHand] = []
         rest: list[InHand] = []
         waiting: set[int] = set()  # groups of which an earlier message stays behind
+        busy = self.busy.keys()
         for number, item in enumerate(self.pending):
             if len(batch) >= limit:
                 rest.extend(self.pending[number:])
                 break
-            fits = min(limit, item.message.max_batch or limit)
-            if any(group in self.busy or group in waiting for group in item.groups) or len(batch) >= fits:
-                waiting.update(item.groups)
+            groups, fits = item.groups, min(limit, item.message.max_batch or limit)
+            if len(batch) >= fits or not (busy.isdisjoint(groups) and waiting.isdisjoint(groups)):
+                waiting.update(groups)
                 rest.append(item)
                 continue
             limit = fits
