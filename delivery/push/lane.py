@@ -124,6 +124,8 @@ class Lane:
     on_ramp: bool = False
     opened: int = 0  # the endpoint's `opened` that this lane knows of
     acks: list[tuple[UUID, int]] = field(default_factory=list)  # of what was answered well, not written yet
+    leases: dict[UUID, list[int]] = field(default_factory=dict)  # the messages of each claim, while none is settled in the store
+    is_contended: bool = False  # the last claim had messages that an earlier one of their group had held up
     shown: int = 0  # successes kept lately, for people
     look_at: float = 0.0  # claim not before; 0: at once
     hungry: bool = True  # there may be something to claim
@@ -226,6 +228,37 @@ class Lane:
             self.window = 1
         elif retry.is_trouble(status):
             self.window = max(1, self.window // 2)
+
+    def claimed(self, token: UUID, messages: list[ClaimedMessage]) -> None:
+        self.leases[token] = [message.id for message in messages]
+        self.is_contended = any(message.is_fresh for message in messages)
+
+    def take_acks(self, *, may_wait: bool) -> list[list[tuple[UUID, int]]]:
+        """The acks to write now, each list in one call.
+
+        A whole lease costs the store least. So what is answered of the last two may wait for the rest of them, unless
+        groups return so often that messages would be held up by it.
+        """
+        by_token: dict[UUID, list[int]] = {}
+        last: UUID | None = None
+        for token, number in self.acks:
+            if token is not last:
+                last, ids = token, by_token.setdefault(token, [])
+            ids.append(number)
+        waiting = set(list(self.leases)[-2:]) if may_wait and not self.is_contended else set()
+        taken, parts = [], []
+        self.acks = []
+        for token, ids in by_token.items():
+            lease = self.leases.get(token, [])
+            if len(lease) == len(ids):
+                taken.append([(token, number) for number in lease])
+                del self.leases[token]
+            elif token in waiting:
+                self.acks += [(token, number) for number in ids]
+            else:
+                parts += [(token, number) for number in ids]
+                self.leases.pop(token, None)
+        return [*taken, parts] if parts else taken
 
     def close(self) -> None:
         """The lane goes: what it has in flight is nobody's any more."""

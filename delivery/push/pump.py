@@ -140,15 +140,17 @@ class Pump:
         if now - self._attempts_at >= ATTEMPTS_EVERY_S:
             self._attempts_at = now
             self._record()
+            self._acknowledge()
         for lane in list(self._lanes.values()):
             if lane.pending:
                 self._send(lane, now)
             if (lane.hungry or lane.look_at) and self._fill(lane, now):
                 self._send(lane, now)
         # Acks are gathered while answers keep coming in, and written before anybody waits.
-        if not self._take_in(ACKS_EVERY_S if self._settled else TICK_S) or self._gathered >= ACKS_AT_ONCE:
+        happened = self._take_in(ACKS_EVERY_S if self._settled else TICK_S)
+        if not happened or self._gathered >= ACKS_AT_ONCE:
             with self._sending_meanwhile():
-                self._acknowledge()
+                self._acknowledge(may_wait=happened)
         if self._drained:
             self._release_quiet()
 
@@ -229,6 +231,7 @@ class Pump:
     def _renew_leases(self) -> None:
         for lane in self._lanes.values():
             tokens = lane.tokens()
+            lane.leases = {token: ids for token, ids in lane.leases.items() if token in tokens}
             if tokens:
                 gone = tokens - claims.renew(tokens, lane.target.lease_ms)
                 if gone:
@@ -237,20 +240,19 @@ class Pump:
     # Claiming and sending -------------------------------------------------------------------------------------------
 
     def _fill(self, lane: Lane, now: float) -> bool:
-        """Claim when there is room and reason: a lease for each batch, so that its ack settles a whole lease.
-
-        True when something can be sent.
-        """
+        """Claim when there is room and reason, whole batches under a lease. True when something can be sent."""
         due = lane.hungry or (lane.look_at and now >= lane.look_at)
         room = lane.room()
         if not due or room <= 0 or not lane.endpoint.may_send(now):
             return False
         lane.look_at = 0.0
-        size = max(lane.target.batch_size, min(room, LEASE_MESSAGES))
-        while room > 0:
+        size = lane.target.batch_size * max(1, LEASE_MESSAGES // lane.target.batch_size)
+        first = True
+        while first or room >= size:
+            first = False
             with self._sending_meanwhile():
                 # First what is done: a group that counts as out would be parked behind itself.
-                self._acknowledge()
+                self._acknowledge(may_wait=True)
                 claim = claims.claim(lane.target.consumer_id, min(size, room), lease_ms=lane.target.lease_ms, holder=self.holder)
             if claim.token is None:
                 lane.hungry = not claim.at_end or bool(lane.acks)  # what was answered meanwhile may have held others back
@@ -260,6 +262,7 @@ class Pump:
             if claim.version != lane.target.version:
                 self._reconfigure()  # it was edited a moment ago
             lane.hungry = True
+            lane.claimed(claim.token, claim.messages)
             room -= len(claim.messages)
             if lane.target.transform:
                 self._transform(lane, [InHand(claim.token, message) for message in claim.messages])
@@ -294,9 +297,9 @@ class Pump:
             [(message, error) for message, error in made.failed if message.id in ours], [m for m in made.left if m.id in ours],
         )  # fmt: skip
         token = next(iter(ours.values())).token
-        lane.pending.extend(
-            InHand(token, item.message, item.payload, idempotency_key(item.message)) for item in settle(event.consumer_id, token, still)
-        )
+        going = settle(event.consumer_id, token, still)
+        lane.claimed(token, [item.message for item in going])
+        lane.pending.extend(InHand(token, item.message, item.payload, idempotency_key(item.message)) for item in going)
         lane.hungry = True
 
     def _send(self, lane: Lane, now: float) -> None:
@@ -407,13 +410,16 @@ class Pump:
                 lane.shown += len(shown)
                 self._attempts.extend(_attempts(shown, outcome))
 
-    def _acknowledge(self) -> None:
-        """Write the acks gathered so far."""
+    def _acknowledge(self, *, may_wait: bool = False) -> None:
+        """Write the acks gathered so far. `may_wait`: those of leases that are answered in part may come later."""
         self._gathered = 0
         for _ in range(len(self._settled)):  # not those that come meanwhile
             lane = self._settled.pop(0)
-            acks, lane.acks = lane.acks, []
-            claims.ack(lane.target.consumer_id, acks)
+            taken = lane.take_acks(may_wait=may_wait)
+            if lane.acks:
+                self._settled.append(lane)
+            for receipts in taken:
+                claims.ack(lane.target.consumer_id, receipts)
 
     def _record(self) -> None:
         attempts, self._attempts = self._attempts, []

@@ -189,6 +189,44 @@ def test_a_probe_is_one_message_the_least_tried_of_those_that_lead_their_groups(
     assert send(one, 2, now=9.0) == [1, 2, 4, 5]
 
 
+FIRST, SECOND, THIRD = uuid4(), uuid4(), uuid4()
+
+
+def answered(*acks: tuple[UUID, int], claimed: tuple[UUID, ...] = (FIRST, SECOND)) -> Lane:
+    """A lane with claims of the messages 1 to 3 (of the first), 4 to 6, …, of which these are answered."""
+    one = lane()
+    for number, token in enumerate(claimed):
+        one.claimed(token, [held(3 * number + at, at).message for at in (1, 2, 3)])
+    one.acks = list(acks)
+    return one
+
+
+def test_a_lease_that_is_answered_as_a_whole_is_acknowledged_as_it_was_claimed() -> None:
+    one = answered((FIRST, 3), (SECOND, 4), (FIRST, 1), (FIRST, 2))
+    assert one.take_acks(may_wait=True) == [[(FIRST, 1), (FIRST, 2), (FIRST, 3)]] and one.acks == [(SECOND, 4)]
+    one.acks += [(SECOND, 6), (SECOND, 5)]
+    assert one.take_acks(may_wait=True) == [[(SECOND, 4), (SECOND, 5), (SECOND, 6)]] and not one.acks and not one.leases
+
+
+def test_a_lease_answered_in_part_waits_for_the_rest_while_it_may() -> None:
+    one = answered((FIRST, 1), (SECOND, 4))
+    assert one.take_acks(may_wait=True) == [] and one.acks == [(FIRST, 1), (SECOND, 4)]
+    assert one.take_acks(may_wait=False) == [[(FIRST, 1), (SECOND, 4)]] and one.acks == []
+    one.acks = [(FIRST, 2), (FIRST, 3)]
+    assert one.take_acks(may_wait=True) == [[(FIRST, 2), (FIRST, 3)]], "it is no longer whole in the store"
+
+
+def test_only_the_last_two_leases_wait_for_a_straggler() -> None:
+    one = answered((FIRST, 1), (SECOND, 4), claimed=(FIRST, SECOND, THIRD))
+    assert one.take_acks(may_wait=True) == [[(FIRST, 1)]] and one.acks == [(SECOND, 4)]
+
+
+def test_nothing_waits_where_groups_return_often() -> None:
+    one = answered((FIRST, 1))
+    one.claimed(THIRD, [held(9, 9).message._replace(is_fresh=True)])
+    assert one.take_acks(may_wait=True) == [[(FIRST, 1)]]
+
+
 def test_a_lane_that_is_paused_or_leaves_claims_and_sends_nothing() -> None:
     for how in ("paused", "leaving"):
         one = lane()
