@@ -163,19 +163,23 @@ class Lane:
         if self.endpoint.is_open:
             limit = 1
             self._bring_forward_a_probe()
-        if limit == 1 and self.busy.keys().isdisjoint(self.pending[0].groups):
-            return [self.pending.pop(0)]
+        shut = set(self.busy)  # groups in flight, and those of which an earlier message stays behind
+        if limit == 1:
+            for number, item in enumerate(self.pending):
+                groups = item.groups
+                if shut.isdisjoint(groups):
+                    return [self.pending.pop(number)]
+                shut.update(groups)
+            return []
         batch: list[InHand] = []
         rest: list[InHand] = []
-        waiting: set[int] = set()  # groups of which an earlier message stays behind
-        busy = self.busy.keys()
         for number, item in enumerate(self.pending):
             if len(batch) >= limit:
                 rest.extend(self.pending[number:])
                 break
             groups, fits = item.groups, min(limit, item.message.max_batch or limit)
-            if len(batch) >= fits or not (busy.isdisjoint(groups) and waiting.isdisjoint(groups)):
-                waiting.update(groups)
+            if len(batch) >= fits or not shut.isdisjoint(groups):
+                shut.update(groups)
                 rest.append(item)
                 continue
             limit = fits
