@@ -122,9 +122,11 @@ class Pump:
             self._wind_down()
         finally:
             self._stopped = True
-            self._finish()
-            if self._hooked is not None:
-                del self._hooked.wait
+            try:
+                self._finish()
+            finally:
+                if self._hooked is not None:
+                    del self._hooked.wait
 
     def _may_run(self) -> bool:
         return not self._stopped and not self._stopping()
