@@ -24,9 +24,9 @@ _GOOD = (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK)
 class _Session:
     """What is known of one connection."""
 
-    def __init__(self, raw: Connection) -> None:
+    def __init__(self) -> None:
         self.prepared: set[bytes] = set()
-        self.loads = Transformer.from_context(raw)  # it keeps what it has found out about the types
+        self.loads = Transformer()  # psycopg's own loaders: Django's for times is Python code. What it finds out of types it keeps
 
 
 _sessions: WeakKeyDictionary[Connection, _Session] = WeakKeyDictionary()
@@ -54,7 +54,7 @@ class Statement:
         pg = raw.pgconn
         session = _sessions.get(raw)
         if session is None:
-            session = _sessions[raw] = _Session(raw)
+            session = _sessions[raw] = _Session()
         if self._name not in session.prepared:
             _good(raw, pg.prepare(self._name, self._text.encode()))
             session.prepared.add(self._name)

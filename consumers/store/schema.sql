@@ -575,6 +575,8 @@ declare
     v_relations  integer[];   -- null: all
     v_out_count  integer := 0;
     v_settled    integer;     -- acknowledged since the last claim
+    v_set        text;
+    v_lock       bigint;
     v_now        timestamptz;
     v_room       integer;
     v_position   bigint;
@@ -625,7 +627,11 @@ declare
 begin
     -- A lost lease is a redelivery, so the claim need not wait for the disk. Receivers wait for each other here and not for the
     -- row: a row's lock is handed on in two waits.
-    perform set_config('synchronous_commit', 'off', true), pg_advisory_xact_lock(hashtextextended(p_consumer::text, 0));
+    v_set := set_config('synchronous_commit', 'off', true);
+    v_lock := hashtextextended(p_consumer::text, 0);
+    if not pg_try_advisory_xact_lock(v_lock) then  -- an expression costs less than a statement
+        perform pg_advisory_xact_lock(v_lock);
+    end if;
     select p.consumer, p.version, p.source, p.position, p.start_lsn, p.start_epoch, p.replay, p.replay_from, p.replay_to, p.out_count,
            p.lease_floor, p.is_full, p.parked_count, p.dead_count, p.failed_count, c.status, c.tables, c.group_columns, c.max_ack_pending, c.max_deliver, c.max_per_group, c.max_parked,
            array_remove(array[case when 'insert' = any (c.actions) then 'I' end, case when 'update' = any (c.actions) then 'U' end,
@@ -1144,19 +1150,21 @@ declare
     v_dead    integer := 0;
     v_grps    bigint[];
     v_due     integer := 0;
+    v_timed   boolean;
     v_weight  integer;
     v_set     text;
     r         record;
     x         record;
 begin
     v_set := set_config('synchronous_commit', 'off', true);
-    -- How long it took is looked at for one ack in sixteen: counting costs more than acknowledging.
-    select p.parked_count, p.is_full,
-           case when p_filtered then 0 when p.acked_count < 1000 then 1 when random() < 0.0625 then 16 else 0 end as weight
-      into v_pos from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1;
-    if v_pos.parked_count = 0 and v_pos.weight = 0 and not p_filtered and p_tokens[1] = all (p_tokens) then
+    v_timed := random() < 0.0625;  -- how long it took is looked at for few: counting costs more than acknowledging
+    if not v_timed and not p_filtered and p_tokens[1] = all (p_tokens) then
         -- A whole lease of a consumer that has nothing parked, as nearly always: it goes, and nobody is waited for.
-        delete from leases l where l.token = p_tokens[1] and l.consumer = p_consumer and l.ids = p_ids
+        with p as materialized (
+            select p.parked_count, p.acked_count from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1
+        )
+        delete from leases l using p
+         where p.parked_count = 0 and p.acked_count >= 1000 and l.token = p_tokens[1] and l.consumer = p_consumer and l.ids = p_ids
         returning l.grps || l.grp2s into v_grps;
         if found then
             -- A claim that found it out has ended by now: what it did is seen.
@@ -1172,7 +1180,6 @@ begin
         end if;
     end if;
 
-    v_weight := v_pos.weight;
     -- receivers wait here and not for the row: a row's lock is handed on in two waits
     perform pg_advisory_xact_lock(hashtextextended(p_consumer::text, 0));
     select p.* into v_pos from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
@@ -1180,6 +1187,7 @@ begin
         done := 0; stale := v_total;
         return;
     end if;
+    v_weight := case when p_filtered then 0 when v_pos.acked_count < 1000 then 1 when v_timed then 16 else 0 end;
     v_grps := '{}';
     v_freed := 0;
 
