@@ -1,6 +1,6 @@
-"""Measure commit → received at steady rates of single-row commits, for a waiting pull client and a push receiver.
+"""Measure commit → received at steady rates of changes, for a waiting pull client and a push receiver.
 
-    python bench/latency.py [--rates 200 1000 3000] [--seconds 8]
+    python bench/latency.py [--rates 200 1000 3000] [--rows 1] [--seconds 8]
 
 Everything runs on this machine, in an installation of its own: writers, receiver, client and service share its cores, each of
 them in a process of its own. The push consumer takes up to 100 messages in a batch, as one would at such rates, and sends what
@@ -34,16 +34,17 @@ Arrivals = dict[int, float]
 processes = multiprocessing.get_context("fork")
 
 
-def write(source_url: str, first: int, step: int, count: int, rate: float, begin: float, sent: Any) -> None:
-    """Commit every `step`-th row at its time; when each commit was answered."""
+def write(source_url: str, first: int, step: int, rows: int, count: int, rate: float, begin: float, sent: Any) -> None:
+    """Commit every `step`-th transaction of `rows` rows at its time; when each commit was answered, by row."""
     import psycopg
 
     at: Arrivals = {}
     with psycopg.connect(source_url, autocommit=True) as conn:
-        for number in range(first, count, step):
+        for number in range(first * rows, count, step * rows):
+            last = min(number + rows, count) - 1
             time.sleep(max(0.0, begin + number / rate - time.time()))
-            conn.execute("INSERT INTO latency (id, note) VALUES (%s, 'a note')", [number])
-            at[number] = time.time()
+            conn.execute("INSERT INTO latency (id, note) SELECT g, 'a note' FROM generate_series(%s::int, %s) g", [number, last])
+            at.update(dict.fromkeys(range(number, last + 1), time.time()))
     sent.put(at)
 
 
@@ -93,7 +94,7 @@ def warm_up(installation: Installation, log: Path) -> None:
     installation.ack(PULL, installation.receive(PULL, wait="30s"))
 
 
-def measure(installation: Installation, rate: float, seconds: float, log: Path) -> None:
+def measure(installation: Installation, rate: float, rows: int, seconds: float, log: Path) -> None:
     count = int(rate * seconds)
     with installation.source() as conn:
         conn.execute("TRUNCATE latency")
@@ -101,9 +102,9 @@ def measure(installation: Installation, rate: float, seconds: float, log: Path) 
     begin = time.time() + 1.0
     deadline = begin + seconds + WAIT_S
     sent_queue, pulled_queue = processes.Queue(), processes.Queue()
-    writers = max(1, round(rate / COMMITS_A_WRITER))
+    writers = max(1, round(rate / rows / COMMITS_A_WRITER))
     running = [
-        processes.Process(target=write, args=(installation.psql_url(), first, writers, count, rate, begin, sent_queue)) for first in range(writers)
+        processes.Process(target=write, args=(installation.psql_url(), first, writers, rows, count, rate, begin, sent_queue)) for first in range(writers)
     ]
     running.append(processes.Process(target=pull, args=(installation.port, installation.token, count, deadline, pulled_queue)))
     for process in running:
@@ -117,7 +118,7 @@ def measure(installation: Installation, rate: float, seconds: float, log: Path) 
         time.sleep(0.1)
     for process in running:
         process.join()
-    print(f"{rate:g} single-row commits a second for {seconds:g} s, {count / took:.0f} a second were committed")
+    print(f"{rate:g} changes a second, {rows} a commit, for {seconds:g} s; {count / took:.0f} a second were committed")
     report("pull", sent, pulled)
     report("push", sent, read_arrivals(log))
 
@@ -140,6 +141,7 @@ def peaks(installation: Installation) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=float, nargs="+", default=[200.0, 1000.0, 3000.0])
+    parser.add_argument("--rows", type=int, default=1, help="changed by each commit")
     parser.add_argument("--seconds", type=float, default=8.0)
     options = parser.parse_args()
     with temporary() as installation:
@@ -153,7 +155,7 @@ def main() -> None:
             installation.call("POST", "/api/consumers", {**shared, "name": PUSH, "kind": "push", "endpoint": "latency", "batch_size": 100})
             warm_up(installation, log)
             for rate in options.rates:
-                measure(installation, rate, options.seconds, log)
+                measure(installation, rate, options.rows, options.seconds, log)
             peaks(installation)
 
 
