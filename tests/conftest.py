@@ -17,10 +17,12 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+import pytest_django
 from django.conf import settings
 from django.db import connection
 from psycopg import sql
 
+from tests import emptying
 from tests.ports import new_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,18 +278,7 @@ def _forget_caches() -> None:
     interest._names.clear()
 
 
-@pytest.fixture(autouse=True)
-def _empty_store(request: pytest.FixtureRequest) -> Iterator[None]:
-    """pytest-django empties Django's managed tables after a transactional test; the store's are emptied here."""
-    yield
-    marker = request.node.get_closest_marker("django_db")
-    if "transactional_db" in request.fixturenames or (marker is not None and marker.kwargs.get("transaction")):
-        from consumers.store.connection import store_connection
-
-        with store_connection() as conn:
-            conn.execute(
-                "TRUNCATE messages, kept_messages, relation_version, capture_progress, source_status, consumer_position,"
-                " leases, parked, attempts, turns, heartbeats, source_events, source_tables,"
-                " minute_counters, counted, source_epoch, log_extent, log_lost,"
-                " backfills, backfill_chunks"
-            )
+@pytest.fixture(autouse=True, scope="session")
+def _empty_quickly(django_db_setup: None, django_db_blocker: pytest_django.DjangoDbBlocker) -> None:
+    with django_db_blocker.unblock():
+        emptying.hook_in()
