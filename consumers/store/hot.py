@@ -59,9 +59,9 @@ class Size(NamedTuple):
 Group = dict[str, int]
 
 # Tables that are rewritten together, each with the bytes from which on it is. Everything that hands out or settles messages
-# locks a row of consumer_position first, so no call sees that group half way.
+# looks at consumer_position first, or with its first statement, so no call sees that group half way.
 GROUPS: tuple[Group, ...] = (
-    {"consumer_position": 8 * MIB, "leases": 8 * MIB, "parked": 512 * KIB},
+    {"consumer_position": 8 * MIB, "leases": 8 * MIB, "parked": 512 * KIB, "released": 512 * KIB},
     {"capture_progress": 512 * KIB},
     {"turns": 512 * KIB},
     {"heartbeats": 512 * KIB},
