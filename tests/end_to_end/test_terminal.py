@@ -10,13 +10,14 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 PROGRAM = """
-import signal, sys
+import signal, sys, threading
 sys.path.insert(0, {root!r})
 from sequinapp.terminal import terminal_of_our_own
+heard = threading.Event()
 with terminal_of_our_own():
-    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGINT, lambda *_: heard.set())
     print("ready", flush=True)
-    signal.pause()
+    heard.wait()
 """
 
 
