@@ -1,8 +1,8 @@
-"""Wait in the order of coming: a semaphore that is fair, and a lock for each thing that is being loaded. Pure."""
+"""Wait in the order of coming: a semaphore that is fair, and one for each key there is. Pure."""
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
@@ -46,24 +46,27 @@ class FairSemaphore:
         self.release()
 
 
-class OneByOne:
-    """A lock for each key, there as long as somebody has it or waits for it."""
+class FewAtOnce:
+    """So many at a time for each key, in the order of coming; a key is known as long as somebody is in or waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
+        self._count = count
         self._lock = threading.Lock()
-        self._locks: dict[Hashable, list[threading.Lock]] = {}  # as often as there are users
+        self._gates: dict[Hashable, FairSemaphore] = {}
+        self._users: Counter[Hashable] = Counter()
 
     @contextmanager
-    def alone(self, key: Hashable) -> Iterator[None]:
+    def at(self, key: Hashable) -> Iterator[None]:
         with self._lock:
-            users = self._locks.setdefault(key, [])
-            mine = users[0] if users else threading.Lock()
-            users.append(mine)
+            gate = self._gates.get(key)
+            if gate is None:
+                gate = self._gates[key] = FairSemaphore(self._count)
+            self._users[key] += 1
         try:
-            with mine:
+            with gate:
                 yield
         finally:
             with self._lock:
-                users.pop()
-                if not users:
-                    del self._locks[key]
+                self._users[key] -= 1
+                if not self._users[key]:
+                    del self._users[key], self._gates[key]

@@ -25,11 +25,9 @@ from rest_framework.permissions import BasePermission
 
 from consumers import audit
 from consumers.models import ApiToken, Consumer
-from consumers.queueing import OneByOne
+from consumers.lookups import Lookups
 
 PREFIX = "sqn_"
-CACHE_S = 5.0
-CACHE_SIZE = 10_000
 USED_EVERY_S = 60.0
 RANK = {"pull": 0, "manage": 1, "admin": 2}
 
@@ -53,12 +51,10 @@ class Caller:
         return self.consumers is None or consumer_id in self.consumers
 
 
-_cache: dict[str, tuple[float, Caller]] = {}
+_callers: Lookups[Caller | None] = Lookups()  # by their token's hash
 _used: dict[UUID, float] = {}
 _buckets: dict[UUID, tuple[float, float]] = {}  # token → requests left, when counted
-_forgotten = 0
 _lock = threading.Lock()
-_loading = OneByOne()  # a thousand who come at once look it up once
 
 
 def new_secret() -> tuple[str, str, str]:
@@ -84,16 +80,10 @@ def find_caller(plain: str) -> Caller | None:
     """The caller whose token this is, None when there is none, or it is revoked or expired."""
     if not plain:
         return None
-    digest = _hash(plain)
-    now = time.monotonic()
-    caller = _known(digest, now)
-    if caller is None:
-        with _loading.alone(digest):
-            caller = _known(digest, now) or _load_and_keep(digest, now)
-        if caller is None:
-            return None
-    if caller.expires_at is not None and caller.expires_at <= timezone.now():
+    caller = _callers.find(_hash(plain), _load)
+    if caller is None or (caller.expires_at is not None and caller.expires_at <= timezone.now()):
         return None
+    now = time.monotonic()
     if _used.get(caller.token_id, -USED_EVERY_S) + USED_EVERY_S <= now:
         _used[caller.token_id] = now
         ApiToken.objects.filter(pk=caller.token_id).update(last_used_at=timezone.now())
@@ -110,28 +100,7 @@ def revoke_orphans(sender: Any, instance: Consumer, **_: Any) -> None:
 
 def forget() -> None:
     """Look every token up again: one was revoked or changed."""
-    global _forgotten
-    with _lock:
-        _cache.clear()
-        _forgotten += 1
-
-
-def _known(digest: str, now: float) -> Caller | None:
-    known = _cache.get(digest)
-    return None if known is None or known[0] <= now else known[1]
-
-
-def _load_and_keep(digest: str, now: float) -> Caller | None:
-    forgotten = _forgotten
-    caller = _load(digest)
-    with _lock:
-        if caller is None:
-            _cache.pop(digest, None)
-        elif forgotten == _forgotten:  # else it may be from before the change
-            if len(_cache) >= CACHE_SIZE:
-                _cache.clear()
-            _cache[digest] = (now + CACHE_S, caller)
-    return caller
+    _callers.forget()
 
 
 def recognise(request: Any) -> Caller:

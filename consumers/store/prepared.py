@@ -1,4 +1,4 @@
-"""Run the statements that every message costs: prepared on the server, executed by libpq in one call.
+"""Run the statements that every message costs: prepared on the server, and without a cursor.
 
 A cursor of psycopg's is made for any statement and any client: nearly half the time of a small claim went into it. This is for
 functions of our own, on Django's connection; inside a transaction an ordinary cursor runs the same.

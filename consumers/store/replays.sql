@@ -167,7 +167,8 @@ begin
     select m.commit_lsn, m.epoch into v_first from messages m
      where m.source = v_pos.source and m.id > p_to and m.consumer is null order by m.id limit 1;
     update consumer_position p
-       set version = v_pos.version + 1, position = p_to, out_count = 0, acked_count = p.acked_count + p.out_count - v_out, parked_count = p.parked_count + v_returned - v_parked,
+       set version = v_pos.version + 1, position = p_to, out_count = 0, acked_count = p.acked_count + p.out_count - v_out,
+           parked_count = p.parked_count + v_returned - v_parked,
            dead_count = p.dead_count - v_dead, start_id = least(p.start_id, p_to),
            start_lsn = case when v_first.epoch = p.start_epoch then least(p.start_lsn, v_first.commit_lsn) else p.start_lsn end,
            replay = p_replay,

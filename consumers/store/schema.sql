@@ -633,7 +633,8 @@ begin
         perform pg_advisory_xact_lock(v_lock);
     end if;
     select p.consumer, p.version, p.source, p.position, p.start_lsn, p.start_epoch, p.replay, p.replay_from, p.replay_to, p.out_count,
-           p.lease_floor, p.is_full, p.parked_count, p.dead_count, p.failed_count, c.status, c.tables, c.group_columns, c.max_ack_pending, c.max_deliver, c.max_per_group, c.max_parked,
+           p.lease_floor, p.is_full, p.parked_count, p.dead_count, p.failed_count,
+           c.status, c.tables, c.group_columns, c.max_ack_pending, c.max_deliver, c.max_per_group, c.max_parked,
            array_remove(array[case when 'insert' = any (c.actions) then 'I' end, case when 'update' = any (c.actions) then 'U' end,
                               case when c.stream = 'changes' and 'delete' = any (c.actions) then 'D' end,
                               case when c.stream = 'changes' and 'truncate' = any (c.actions) then 'T' end], null)::"char"[] as actions,
@@ -1029,7 +1030,8 @@ begin
        set version = v_pos.version + 1, position = v_position, out_count = v_pos.out_count + cardinality(v_ids),
            lease_floor = coalesce(v_floor, v_lease, p.lease_floor), is_full = v_pos.out_count + cardinality(v_ids) >= v_max_out,
            parked_count = v_pos.parked_count + v_parked, dead_count = v_pos.dead_count,
-           failed_count = v_pos.failed_count, acked_count = p.acked_count + v_settled, taken_at = case when v_ids <> '{}' then v_now else p.taken_at end,
+           failed_count = v_pos.failed_count, acked_count = p.acked_count + v_settled,
+           taken_at = case when v_ids <> '{}' then v_now else p.taken_at end,
            filtered_count = p.filtered_count + sequin_passed(p_passed, v_pos.position, v_position),
            undecided_count = p.undecided_count + sequin_passed(p_undecided, v_pos.position, v_position)
      where p.consumer = p_consumer and p.version = v_pos.version

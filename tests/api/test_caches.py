@@ -19,26 +19,26 @@ pytestmark = pytest.mark.django_db(transaction=True)
 
 @pytest.fixture(params=["token", "consumer"])
 def lookup(request: pytest.FixtureRequest) -> Any:
-    """The function that looks something up, its module, and the table it reads."""
+    """The function that looks something up, where that is kept, and the table it reads."""
     plain = tokens.create_token("one", "pull")[1]
     make_consumer(make_source("asked"), "asked")
     caller = tokens.find_caller(plain)
     assert isinstance(caller, Caller)
     tokens.forget()
     if request.param == "token":
-        return (lambda: tokens.find_caller(plain)), tokens, "consumers_apitoken"
-    return (lambda: directory.find("asked", caller)), directory, "consumers_consumer"
+        return (lambda: tokens.find_caller(plain)), tokens._callers, "consumers_apitoken"
+    return (lambda: directory.find("asked", caller)), directory._receivers, "consumers_consumer"
 
 
 def test_those_who_ask_at_once_look_once(lookup: Any) -> None:
-    find, module, table = lookup
+    find, lookups, table = lookup
     with store_connection(autocommit=False) as conn:
         conn.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
         found: list[Any] = []
         askers = [threading.Thread(target=_ask, args=(find, found)) for _ in range(8)]
         for asker in askers:
             asker.start()
-        until(lambda: [len(users) for users in module._loading._locks.values()] == [8])
+        until(lambda: [*lookups._loading._users.values()] == [8])
         until(lambda: waiting_for_table(conn, table) == 1)
         assert not found
     for asker in askers:
@@ -47,18 +47,18 @@ def test_those_who_ask_at_once_look_once(lookup: Any) -> None:
 
 
 def test_what_was_read_before_a_change_is_not_kept(lookup: Any) -> None:
-    find, module, table = lookup
+    find, lookups, table = lookup
     with store_connection(autocommit=False) as conn:
         conn.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
         found: list[Any] = []
         asker = threading.Thread(target=_ask, args=(find, found))
         asker.start()
         until(lambda: waiting_for_table(conn, table) == 1)
-        module.forget()
+        lookups.forget()
     asker.join(10)
-    assert found and not module._cache
+    assert found and not lookups._kept
     find()
-    assert module._cache
+    assert lookups._kept
 
 
 def _ask(find: Any, found: list[Any]) -> None:

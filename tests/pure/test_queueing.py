@@ -4,7 +4,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from consumers.queueing import FairSemaphore, OneByOne
+from consumers.queueing import FairSemaphore, FewAtOnce
 from tests.conftest import wait_until
 
 
@@ -62,16 +62,16 @@ def test_no_more_than_so_many_are_in() -> None:
 
 
 def test_one_key_waits_and_another_does_not() -> None:
-    locks, order = OneByOne(), []
-    with locks.alone("a"):
-        waiting = started(lambda: _enter(locks, "a", order))
-        started(lambda: _enter(locks, "b", order)).join(10)
-        wait_until(lambda: len(locks._locks["a"]) == 2)
+    gates, order = FewAtOnce(1), []
+    with gates.at("a"):
+        waiting = started(lambda: _enter(gates, "a", order))
+        started(lambda: _enter(gates, "b", order)).join(10)
+        wait_until(lambda: gates._users["a"] == 2)
         assert order == ["b"]
     waiting.join(10)
-    assert order == ["b", "a"] and not locks._locks
+    assert order == ["b", "a"] and not gates._gates and not gates._users
 
 
-def _enter(locks: OneByOne, key: str, order: list[str]) -> None:
-    with locks.alone(key):
+def _enter(gates: FewAtOnce, key: str, order: list[str]) -> None:
+    with gates.at(key):
         order.append(key)
