@@ -1,10 +1,13 @@
 """Measure what hanging endpoints cost the others: 10 push consumers, 3 of whose endpoints never answer, 2 workers.
 
-Every row goes to all ten. Prints commit → received of the seven that answer, once with the three hanging and once with
-all ten answering, each in an installation of its own. `python bench/hanging.py [ROWS A SECOND] [SECONDS]`.
+    python bench/hanging.py [--consumers 10] [--hanging 3] [--rate 20] [--seconds 10]
+
+Every row goes to all of them. Prints commit → received of those that answer, once with the others hanging and once with all
+answering, each in an installation of its own. `--consumers 500 --hanging 20 --rate 1` is what pumps were designed for.
 """
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -19,8 +22,6 @@ sys.path.insert(0, str(ROOT))
 os.environ["SEQUIN_WORKERS"] = "2"
 
 from bench._installations import temporary  # noqa: E402
-
-CONSUMERS, HANGING = 10, 3
 
 
 def serve(arrived: dict[int, float], hangs: bool) -> str:
@@ -51,9 +52,10 @@ def serve(arrived: dict[int, float], hangs: bool) -> str:
     return f"http://127.0.0.1:{server.server_address[1]}/"
 
 
-def measure(hanging: int, rate: float, seconds: float) -> None:
+def measure(consumers: int, hanging: int, counted: int, rate: float, seconds: float) -> None:
+    """`counted`: how many of the last consumers are looked at, the same ones with and without the hanging."""
     with temporary() as installation:
-        arrivals: list[dict[int, float]] = [{} for _ in range(CONSUMERS)]
+        arrivals: list[dict[int, float]] = [{} for _ in range(consumers)]
         with installation.source() as conn:
             conn.execute("CREATE TABLE shared (id int PRIMARY KEY)")
         for number, arrived in enumerate(arrivals):
@@ -73,21 +75,25 @@ def measure(hanging: int, rate: float, seconds: float) -> None:
                 time.sleep(max(0.0, began + number / rate - time.time()))
                 conn.execute("INSERT INTO shared VALUES (%s)", [number])
                 sent[number] = time.time()
-        healthy = arrivals[hanging:] if hanging else arrivals[HANGING:]
+        healthy = arrivals[-counted:]
         deadline = time.monotonic() + 30
         while any(len(arrived) <= len(sent) for arrived in healthy) and time.monotonic() < deadline:
             time.sleep(0.05)
         took = sorted((arrived[n] - at) * 1000 for arrived in healthy for n, at in sent.items() if n in arrived)
         picks = ", ".join(f"{name} {took[min(len(took) - 1, int(len(took) * share))]:.0f}" for name, share in
                           (("median", 0.5), ("p99", 0.99), ("max", 1.0)))  # fmt: skip
-        print(f"{hanging} of {CONSUMERS} hanging: {len(took)} of {len(sent) * len(healthy)} arrived at the others; ms: {picks}", flush=True)
+        print(f"{hanging} of {consumers} hanging: {len(took)} of {len(sent) * len(healthy)} arrived at the others; ms: {picks}", flush=True)
 
 
 def main() -> None:
-    rate = float(sys.argv[1]) if len(sys.argv) > 1 else 20.0
-    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 10.0
-    for hanging in (0, HANGING):
-        measure(hanging, rate, seconds)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--consumers", type=int, default=10)
+    parser.add_argument("--hanging", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=20.0, help="rows a second")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    options = parser.parse_args()
+    for hanging in (0, options.hanging):
+        measure(options.consumers, hanging, options.consumers - options.hanging, options.rate, options.seconds)
 
 
 if __name__ == "__main__":
