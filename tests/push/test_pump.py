@@ -375,13 +375,16 @@ def test_a_pump_that_ends_gives_up_all_other_turns_before_the_last_answer(log: L
     release = held_back(where)
     log.append(log.row(2))
     wait_until(lambda: where.ids == [1, 2], 10, "the request")
-    first._stopped = True
-    second = pump()
-    log.append(log.row(3))
-    for consumer in others:
-        delivered(consumer, 3)
-    assert turns_of(first) == 1 and turns_of(second) == 4 and where.ids == [1, 2]
-    release.set()
+    try:
+        first._stopped = True
+        wait_until(lambda: turns_of(first) == 1, 10, "the other turns to be given up")
+        second = pump()
+        log.append(log.row(3))
+        for consumer in others:
+            delivered(consumer, 3)
+        assert turns_of(first) == 1 and turns_of(second) == 4 and where.ids == [1, 2]
+    finally:
+        release.set()
     delivered(slow, 3)
     assert sorted(where.ids) == [1, 2, 3] and sorted(quick.ids) == [1] * 4 + [2] * 4 + [3] * 4
     assert turns_of(second) == 5
@@ -400,6 +403,7 @@ def test_an_answer_that_is_awaited_at_the_end_of_a_slice_holds_up_no_other_slow_
     try:
         wait_until(lambda: made._retired and sum(lane.leaving for lane in made._lanes.values()) == 2, 10, "the slice to end")
         takes_over = pump() if others else made
+        wait_until(lambda: turns.shares()[1] == others, 10, "the other to begin")  # else the first one takes its turn back
         log.append(log.row(2))
         assert turns_of(made) == 2, "not before what is in flight is answered"
         release_slow.set()
