@@ -1,11 +1,12 @@
 """Measure claim+ack beside PGMQ and beside a plain SKIP LOCKED queue table, in the same server, in alternating rounds.
 
-    python bench/queues.py [--seconds 2] [--rounds 3] [--only sql|http]
+    python bench/queues.py [--seconds 2] [--rounds 3] [--only sql|http] [--snapshot]
 
 The same work each time: take a batch of messages of about 400 bytes, settle them, 1 and 4 receivers (processes), none of them
 waiting for the disk. Ours keeps the order of each group and the log for replay; the others delete what is settled. First by
 SQL, as a worker beside the database would; then by HTTP: ours through run_web, the others through the thinnest service there
-can be (bench/_queue_server.py) on the same web server.
+can be (bench/_queue_server.py) on the same web server. --snapshot: beside a transaction that stays open all the time, as of a
+backup, a report or a forgotten session, so that nothing that is settled can be cleaned up.
 """
 from __future__ import annotations
 
@@ -186,6 +187,18 @@ class Engines:
         return None  # nothing but the table
 
 
+@contextmanager
+def open_snapshot(wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    with connect() as conn:
+        conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        conn.execute("SELECT 1")
+        yield
+        conn.execute("ROLLBACK")
+
+
 def compare(engines: Engines, title: str, makers: dict[str, Callable[[Any], Cycle]], options: argparse.Namespace) -> None:
     from django.db import connection
 
@@ -236,6 +249,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=["sql", "http"])
+    parser.add_argument("--snapshot", action="store_true", help="beside a transaction that stays open")
     options = parser.parse_args()
     import django
     import psycopg
@@ -253,13 +267,14 @@ def main() -> None:
             print("PGMQ is not installed (requirements-dev.txt): left out")
         if options.only != "http":
             makers = {"ours": ours, "pgmq": pgmq, "skip locked": skip_locked}
-            compare(engines, "SQL: messages/s", engines.there(makers), options)
+            with open_snapshot(options.snapshot):
+                compare(engines, "SQL: messages/s", engines.there(makers), options)
         if options.only != "sql":
             from consumers.tokens import create_token
             from tests.api.pull_world import web_server
 
             token = create_token("bench", "pull")[1]
-            with web_server() as (_, port), thin_server() as thin:
+            with web_server() as (_, port), thin_server() as thin, open_snapshot(options.snapshot):
                 makers = {
                     "ours": lambda consumer: by_http(port, f"/api/http_pull_consumers/{consumer}", token),
                     "pgmq": lambda _: by_http(thin, "/pgmq"),

@@ -55,7 +55,7 @@ def test_behind_an_old_snapshot_they_are_rewritten_with_all_they_hold(log: Log, 
     with store_connection(autocommit=False) as old:
         old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         old.execute("SELECT count(*) FROM messages")
-        use(log, consumer, 400)
+        use(log, consumer, 1200)
         before, grown = contents(), largest(store)
         assert grown > LARGE_BYTES
         assert set(hot.HotTables().look(store)) >= {"consumer_position", "leases"}
