@@ -596,6 +596,36 @@ def test_a_consumer_that_was_let_go_gets_nothing_more_when_its_last_answer_comes
     assert where.ids == [1]
 
 
+def test_a_pump_that_waits_for_the_store_sends_nothing_once_its_turns_have_ended(
+    log: Log, endpoint: Any, pump: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "TURN_S", 2.0)
+    release = threading.Event()
+
+    def answer(got: Got, handler: Any) -> None:
+        release.wait(30)
+        status(204)(got, handler)
+
+    where, other = endpoint(answer), endpoint()
+    loses, claims = push_to(log, where, concurrency=1), push_to(log, other)
+    log.append(log.row(1), log.row(2))
+    lanes = pump()._lanes
+    wait_until(lambda: where.got, 10, "the first request")
+    delivered(claims, 2)
+    lost = lanes[loses]
+    with store_connection(autocommit=False) as conn:
+        conn.execute("SELECT FROM consumer_position WHERE consumer = %s FOR UPDATE", [claims])
+        log.append(log.row(3))
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_notify('sequin_consumer', %s)", [str(claims)])
+        wait_until(lambda: _waits("sequin_claim"), 10, "the claim of the other to wait")
+        wait_until(lambda: loses in turns.take(uuid4(), 2), 10, "the turn to end")
+        release.set()
+        wait_until(lambda: lost.acks, 10, "the answer to be taken in")
+    wait_until(lambda: loses not in lanes, 10, "the pump to see that the turn is gone")
+    assert where.ids == [1] and not lost.pending
+
+
 def _waits(function: str) -> bool:
     with connection.cursor() as cursor:
         cursor.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s", [f"%{function}%"])
