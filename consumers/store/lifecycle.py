@@ -321,6 +321,8 @@ def _cut(text: str | None, limit: int) -> str | None:
 
 
 def _lock(consumer_id: UUID) -> None:
+    """Keep claims out until this transaction ends. One that waited for the row alone would go on by the configuration of before."""
+    _fetch("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [str(consumer_id)])
     _fetch("SELECT 1 FROM consumer_position WHERE consumer = %s FOR UPDATE", [consumer_id])
 
 

@@ -51,20 +51,30 @@ class Statement:
                 raise
 
     def _execute(self, raw: Connection, parameters: Sequence[bytes | None]) -> list[Row]:
-        pg = raw.pgconn
         session = _sessions.get(raw)
         if session is None:
             session = _sessions[raw] = _Session()
         if self._name not in session.prepared:
-            _good(raw, pg.prepare(self._name, self._text.encode()))
             session.prepared.add(self._name)
-        pg.send_query_prepared(self._name, parameters)
-        # Not pg.exec_prepared: who waits for the connection may have something else to do meanwhile, as a pump has.
-        result = _good(raw, raw.wait(generators.execute(pg))[-1])
+            self._prepare(raw)
+        try:
+            result = self._run(raw, parameters)
+        except psycopg.errors.InvalidSqlStatementName:
+            # After a ROLLBACK, as after much else, psycopg deallocates all there is on the server. Nothing was executed.
+            self._prepare(raw)
+            result = self._run(raw, parameters)
         session.loads.set_pgresult(result)
         rows = session.loads.load_rows(0, result.ntuples, tuple)
         session.loads.set_pgresult(None)
         return rows
+
+    def _prepare(self, raw: Connection) -> None:
+        _good(raw, raw.pgconn.prepare(self._name, self._text.encode()))
+
+    def _run(self, raw: Connection, parameters: Sequence[bytes | None]) -> Any:
+        raw.pgconn.send_query_prepared(self._name, parameters)
+        # Not pgconn.exec_prepared: who waits for the connection may have something else to do meanwhile, as a pump has.
+        return _good(raw, raw.wait(generators.execute(raw.pgconn))[-1])
 
     def _within_transaction(self, raw: Connection, parameters: Sequence[bytes | None]) -> list[Row]:
         texts = [None if value is None else value.decode() for value in parameters]

@@ -626,7 +626,8 @@ declare
     i            integer;
 begin
     -- A lost lease is a redelivery, so the claim need not wait for the disk. Receivers wait for each other here and not for the
-    -- row: a row's lock is handed on in two waits.
+    -- row: a row's lock is handed on in two waits. So does whoever edits the consumer and needs claims to go by it: what is read
+    -- of the configuration beside the row is of the moment before the row was waited for.
     v_set := set_config('synchronous_commit', 'off', true);
     v_lock := hashtextextended(p_consumer::text, 0);
     if not pg_try_advisory_xact_lock(v_lock) then  -- an expression costs less than a statement
@@ -1490,6 +1491,7 @@ declare
     v_count bigint;
     v_grps  bigint[];
 begin
+    perform pg_advisory_xact_lock(hashtextextended(p_consumer::text, 0));  -- a claim goes by what was before, or by all of it
     perform from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
     with freed as (
         update parked p set not_before = null, due_at = null where p.consumer = p_consumer and p.reason = 'error' returning p.grp, p.grp2

@@ -265,8 +265,9 @@ class Lane:
         return [*taken, parts] if parts else taken
 
     def close(self) -> None:
-        """The lane goes: what it has in flight is nobody's any more."""
+        """The lane goes: nothing that it has is its own any more, also when a last answer lets it look for what to send."""
         self.endpoint.in_flight -= len(self.flights)
+        self.pending, self.in_making = [], []
         self.flights, self.departed, self.busy = {}, {}, {}
 
     def drop_behind(self, batch: list[InHand]) -> None:

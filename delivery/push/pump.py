@@ -108,6 +108,7 @@ class Pump:
         self._attempts: list[Attempt] = []
         self._number = 0
         self._clock_ahead_s = 0.0  # the store's clock, which times everything, against this machine's
+        self._turns_until = 0.0  # so long they are ours at least
         self._renewed_at = self._leases_at = self._swept_at = self._attempts_at = 0.0
         self._stored: dict[UUID, int] = {}
 
@@ -173,7 +174,9 @@ class Pump:
     def _hold_turns(self) -> None:
         turns.beat(self._cluster, ending=self._retired)
         self._clock_ahead_s = lifecycle.clock().timestamp() - time.time()
+        until = time.monotonic() + turns.TURN_S
         held = turns.renew(self.holder)
+        self._turns_until = until
         for consumer_id, lane in list(self._lanes.items()):
             if held.get(consumer_id) not in ("active", "paused"):
                 self._let_go(consumer_id)
@@ -305,6 +308,8 @@ class Pump:
         lane.hungry = True
 
     def _send(self, lane: Lane, now: float) -> None:
+        if time.monotonic() >= self._turns_until:
+            return  # the store let us wait: until the turn is renewed, another pump may have it and what is in hand
         now_s = int(time.time() + self._clock_ahead_s)
         while batch := lane.next_batch(now):
             self._number += 1

@@ -275,11 +275,12 @@ def test_without_an_outage_it_doubles() -> None:
     assert one.window == 8
 
 
-def test_a_lane_that_goes_leaves_nothing_in_flight() -> None:
+def test_a_lane_that_goes_leaves_nothing_in_flight_and_sends_nothing_more() -> None:
     endpoint = EndpointState()
     one = lane(endpoint=endpoint)
-    one.pending = [held(1, 1), held(2, 2)]
+    one.pending = [held(1, 1), held(2, 2), held(3, 3)]
     send(one, 1), send(one, 2)
     assert endpoint.in_flight == 2
     one.close()
     assert endpoint.in_flight == 0
+    assert one.next_batch(0.0) == []

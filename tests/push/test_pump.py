@@ -16,6 +16,7 @@ from standardwebhooks import Webhook
 from consumers import changes
 from consumers.models import Consumer, HttpEndpoint
 from consumers.store import lifecycle, turns
+from consumers.store.connection import store_connection
 from delivery.push import retry
 from delivery.push.pump import Pump
 from tests.conftest import ROOT, process_environment, wait_until
@@ -557,6 +558,78 @@ def test_while_the_store_is_slow_what_is_in_hand_is_sent_and_a_failure_holds_up_
         wait_until(lambda: sorted(where.ids) == list(range(20)), 10, "the others, though nothing can be acknowledged")
     delivered(consumer, 21)
     assert where.ids.count(5) == 3 and len(where.ids) == 22
+
+
+def test_a_consumer_that_was_let_go_gets_nothing_more_when_its_last_answer_comes_while_the_store_works(
+    log: Log, endpoint: Any, pump: Any
+) -> None:
+    first, second = threading.Event(), threading.Event()
+    answered: list[threading.Event] = []
+
+    def after(event: threading.Event) -> Callable[[Got, Any], None]:
+        def answer(got: Got, handler: Any) -> None:
+            event.wait(30)
+            status(204)(got, handler)
+            answered.append(event)
+
+        return answer
+
+    where, other, third = endpoint(after(first)), endpoint(after(second)), endpoint()
+    goes, stays, claims = push_to(log, where, concurrency=1), push_to(log, other, concurrency=1), push_to(log, third)
+    log.append(log.row(1), log.row(2))
+    pump()
+    wait_until(lambda: where.got and other.got, 10, "the first requests")
+    delivered(claims, 2)
+    Consumer.objects.filter(pk=goes).update(status="disabled")
+    wait_until(lambda: len(parked(goes)) == 2, 10, "what it has in hand to be given back")
+    with store_connection(autocommit=False) as conn:
+        conn.execute("SELECT FROM consumer_position WHERE consumer = %s FOR UPDATE", [claims])
+        log.append(log.row(3))
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_notify('sequin_consumer', %s)", [str(claims)])
+        wait_until(lambda: _waits("sequin_claim"), 10, "the third one's claim to wait")
+        first.set()
+        wait_until(lambda: answered, 10, "the last answer")
+        second.set()
+        wait_until(lambda: len(other.got) == 2, 10, "what the pump has in hand of another one to be sent")
+    delivered(stays, 3)
+    assert where.ids == [1]
+
+
+def test_a_pump_that_waits_for_the_store_sends_nothing_once_its_turns_have_ended(
+    log: Log, endpoint: Any, pump: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "TURN_S", 2.0)
+    release = threading.Event()
+
+    def answer(got: Got, handler: Any) -> None:
+        release.wait(30)
+        status(204)(got, handler)
+
+    where, other = endpoint(answer), endpoint()
+    loses, claims = push_to(log, where, concurrency=1), push_to(log, other)
+    log.append(log.row(1), log.row(2))
+    lanes = pump()._lanes
+    wait_until(lambda: where.got, 10, "the first request")
+    delivered(claims, 2)
+    lost = lanes[loses]
+    with store_connection(autocommit=False) as conn:
+        conn.execute("SELECT FROM consumer_position WHERE consumer = %s FOR UPDATE", [claims])
+        log.append(log.row(3))
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_notify('sequin_consumer', %s)", [str(claims)])
+        wait_until(lambda: _waits("sequin_claim"), 10, "the claim of the other to wait")
+        wait_until(lambda: loses in turns.take(uuid4(), 2), 10, "the turn to end")
+        release.set()
+        wait_until(lambda: lost.acks, 10, "the answer to be taken in")
+    wait_until(lambda: loses not in lanes, 10, "the pump to see that the turn is gone")
+    assert where.ids == [1] and not lost.pending
+
+
+def _waits(function: str) -> bool:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s", [f"%{function}%"])
+        return bool(cursor.fetchall())
 
 
 def test_a_consumer_deleted_in_flight_harms_nobody(log: Log, endpoint: Any, pump: Any) -> None:

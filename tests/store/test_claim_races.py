@@ -16,7 +16,7 @@ from uuid import UUID
 import psycopg
 import pytest
 from django.core.exceptions import ValidationError
-from django.db import connection
+from django.db import connection, transaction
 
 from consumers import changes
 from consumers.models import Consumer
@@ -126,7 +126,8 @@ def test_receivers_editors_and_watchers_at_once(log: Log, monkeypatch: pytest.Mo
         Consumer.objects.filter(pk=consumer).update(
             status=chance.choice(["active"] * 4 + ["paused"]), max_ack_pending=chance.choice([2, 40, 400]), max_per_group=chance.choice([None, 1, 2])
         )  # fmt: skip
-        lifecycle.retry(consumer, state="parked")
+        if not acked:  # else what is parked has to become due by itself
+            lifecycle.retry(consumer, state="parked")
         lifecycle.backlog(consumer)
         with store_connection() as conn, suppress(psycopg.errors.LockNotAvailable):
             hot.rewrite(conn, dict.fromkeys(hot.GROUPS[0], 0))
@@ -210,17 +211,40 @@ def test_group_columns_are_not_changed_behind_a_claim(log: Log) -> None:  # noqa
     with store_connection(autocommit=False) as conn:
         conn.execute("SELECT * FROM sequin_claim(%s, 1, 60000, NULL, 100, 1000000)", [consumer])
         saver.start()
-        wait_until(lambda: fetch("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%FOR UPDATE'"), 10, "the edit to wait")
+        wait_until(lambda: fetch("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%pg_advisory_xact_lock%%'"), 10, "the edit to wait")
     saver.join(10)
     assert len(errors) == 1 and "1 are out" in str(errors[0])
     assert Consumer.objects.get(pk=consumer).group_columns == []
+
+
+@pytest.mark.parametrize("edit", [{"group_columns": ["n"]}, {"status": "disabled"}, {"transform": "function transform() return nil end"}], ids=lambda edit: str(*edit))
+def test_a_claim_that_waited_for_an_edit_goes_by_it(log: Log, edit: dict[str, Any]) -> None:  # noqa: F811
+    consumer = log.consumer()
+    log.append(log.row(1))
+    claimed: list[Any] = []
+
+    def claim() -> None:
+        try:
+            claimed.append(claims.claim(consumer, 1, lease_ms=60_000))
+        finally:
+            connection.close()
+
+    claiming = threading.Thread(target=claim)
+    edited = Consumer.objects.get(pk=consumer)
+    for name, value in edit.items():
+        setattr(edited, name, value)
+    with transaction.atomic():
+        changes.save(edited)
+        claiming.start()
+        wait_until(lambda: fetch("SELECT 1 FROM pg_locks WHERE NOT granted"), 10, "the claim to wait")
+    claiming.join(10)
+    assert claimed[0].version == Consumer.objects.get(pk=consumer).updated_at
 
 
 def _work_off(consumer: UUID, ack: Callable[[UUID, int], None]) -> None:
     """Everything left comes to one receiver, once all leases and delays are over."""
     Consumer.objects.filter(pk=consumer).update(status="active", max_ack_pending=10_000, max_per_group=None)
     fetch("UPDATE leases SET until = now() WHERE consumer = %s", consumer)
-    lifecycle.retry(consumer, state="parked")
 
     def step() -> bool:
         claim = claims.claim(consumer, 1000, lease_ms=60_000)

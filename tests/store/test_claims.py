@@ -6,6 +6,7 @@ from collections import defaultdict
 from uuid import UUID
 
 import pytest
+from django.db import transaction
 
 from consumers.models import Consumer
 from consumers.store import claims, lifecycle
@@ -332,3 +333,15 @@ def test_a_stream_of_rows_skips_what_waits_for_what_the_log_has_newer(log: Log, 
         assert [m.id for m in second.messages] == [fetch("SELECT max(id) FROM messages")[0][0]]
         assert claims.ack(consumer, receipts(second)) == (1, 0)
         assert take(consumer).messages == [] and parked_count(consumer) == (0, 0)
+
+
+def test_claims_and_acks_go_on_after_psycopg_has_deallocated_what_was_prepared(log: Log) -> None:
+    consumer = log.consumer()
+    log.append(log.row(1))
+    claims.nack(consumer, receipts(take(consumer)))  # by a cursor, which prepares too
+    with pytest.raises(RuntimeError), transaction.atomic():
+        fetch("SELECT 1")
+        raise RuntimeError
+    assert fetch("SELECT name FROM pg_prepared_statements WHERE name LIKE 'sequin%%'") == []
+    claim = take(consumer)
+    assert claims.ack(consumer, receipts(claim)) == (1, 0)
