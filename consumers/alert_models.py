@@ -15,7 +15,7 @@ from django.db import models
 from django.db.models.signals import post_migrate
 from django.dispatch import receiver
 
-from consumers.endpoint_rules import check_url
+from consumers.endpoint_rules import check_signing_secrets, check_url
 from consumers.fields import EncryptedTextField
 
 GIGABYTE = 10**9
@@ -86,6 +86,8 @@ class AlertDestination(models.Model):
                 raise ValidationError({"kind": "no mail server is set: EMAIL_URL=smtp://user:password@host:587 says which"})
         elif problem := check_url(self.url):
             raise ValidationError({"url": problem})
+        elif self.signing_secret and (problem := check_signing_secrets(self.signing_secret)):
+            raise ValidationError({"signing_secret": problem})
 
     def recipients(self) -> list[str]:
         return [address.strip() for address in self.addresses.split(",") if address.strip()]

@@ -1,6 +1,7 @@
 """What may stand in an endpoint's URL and headers. Pure. The address actually dialled is judged by delivery."""
 from __future__ import annotations
 
+import base64
 import re
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,6 +12,8 @@ RESERVED_HEADERS = (
     "expect", "keep-alive", "proxy-connection", "te", "trailer", "upgrade",
 )  # fmt: skip
 RESERVED_PREFIX = "webhook-"
+MAX_HEADER_VALUE = 8000
+SIGNING_SECRET_BYTES = range(24, 65)
 
 
 def check_url(url: Any) -> str | None:
@@ -44,8 +47,23 @@ def check_headers(headers: Any) -> str | None:
             return f"{name!r} is not a header name"
         if name.lower() in RESERVED_HEADERS or name.lower().startswith(RESERVED_PREFIX):
             return f"{name} is reserved: it is set by the service"
-        if not isinstance(value, str) or len(value) > 8000 or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value) or not _is_latin1(value):
+        if isinstance(value, str) and len(value) > MAX_HEADER_VALUE:
+            return f"the value of {name} has {len(value)} characters: expected at most {MAX_HEADER_VALUE}"
+        if not isinstance(value, str) or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value) or not _is_latin1(value):
             return f"the value of {name} is not a header value: expected one line of Latin-1 text"
+    return None
+
+
+def check_signing_secrets(secrets: str) -> str | None:
+    """What is wrong with the signing secrets, apart by spaces, or None. What is no base64 the receivers' libraries refuse."""
+    for secret in secrets.split() or [""]:
+        text = secret.removeprefix("whsec_")
+        try:
+            key = base64.b64decode(text, validate=True) if len(text) % 4 == 0 else b""
+        except ValueError:
+            key = b""
+        if not secret.startswith("whsec_") or len(key) not in SIGNING_SECRET_BYTES:
+            return "expected whsec_ and base64 of 24 to 64 bytes; two, apart by a space, while rotating"
     return None
 
 

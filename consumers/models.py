@@ -33,7 +33,7 @@ from consumers.store.models import (  # noqa: F401  (Django finds the models thr
     SourceEvent,
     SourceStatus,
 )
-from consumers.endpoint_rules import check_headers, check_url
+from consumers.endpoint_rules import check_headers, check_signing_secrets, check_url
 from consumers.hosting import pooler_problem
 from consumers.filters.checking import Notice
 from consumers.routing import clean_transform, clean_where
@@ -99,6 +99,17 @@ class Named(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+    def clean_fields(self, exclude: Any = None) -> None:
+        """As Django's, and what is no choice is told the choices."""
+        try:
+            super().clean_fields(exclude)
+        except ValidationError as refused:
+            for name, errors in refused.error_dict.items():
+                for error in (error for error in errors if error.code == "invalid_choice"):
+                    choices = self._meta.get_field(name).choices or ()  # type: ignore[union-attr]
+                    error.message = f"expected one of {', '.join(value for value, _ in choices)}, got %(value)r"
+            raise
 
     def natural_key(self) -> tuple[str]:
         return (self.name,)
@@ -196,9 +207,8 @@ class HttpEndpoint(Named):
                 errors[field] = problem
         if not self.signing_secret:
             self.signing_secret = new_signing_secret()
-        for secret in self.signing_secret.split():
-            if not re.fullmatch(r"whsec_[A-Za-z0-9+/]{32,86}={0,2}", secret):
-                errors["signing_secret"] = "expected whsec_ and base64 of 24 to 64 bytes; two, apart by a space, while rotating"
+        if problem := check_signing_secrets(self.signing_secret):
+            errors["signing_secret"] = problem
         if errors:
             raise ValidationError(errors)
 

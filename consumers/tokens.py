@@ -112,7 +112,7 @@ def recognise(request: Any) -> Caller:
     if caller is None:
         raise AuthenticationFailed("the token is unknown, revoked or expired")
     if caller.rate_limit is not None and not _admit(caller.token_id, caller.rate_limit, time.monotonic()):
-        raise Throttled(1, f"more than {caller.rate_limit} requests a second with this token")
+        raise Throttled(detail=f"more than {caller.rate_limit} requests a second with this token: come again in 1 s")
     return caller
 
 

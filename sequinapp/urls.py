@@ -1,7 +1,10 @@
 """Where everything is served: console, API, operations, the playground's receiver."""
 from __future__ import annotations
 
+import reprlib
+
 from django.contrib import admin
+from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
 from django.urls import include, path
 from django.views.defaults import bad_request, page_not_found, server_error
@@ -32,8 +35,14 @@ def not_found(request: HttpRequest, exception: Exception) -> HttpResponseBase:
 
 def refused(request: HttpRequest, exception: Exception) -> HttpResponseBase:
     if _in_api(request):
-        return JsonResponse({"summary": "the request could not be read"}, status=400)
+        return JsonResponse({"summary": _why_refused(request, exception)}, status=400)
     return bad_request(request, exception)
+
+
+def _why_refused(request: HttpRequest, exception: Exception) -> str:
+    if isinstance(exception, DisallowedHost):
+        return f"this server does not answer to the host {reprlib.repr(request.META.get('HTTP_HOST', ''))}: ALLOWED_HOSTS names those it does"
+    return "the request could not be read"
 
 
 def failed(request: HttpRequest) -> HttpResponse:

@@ -34,10 +34,12 @@ def read_object(request: Any, numbers: Numbers | None = None) -> dict[str, Any]:
     decoder = _DECODER if numbers is None else json.JSONDecoder(parse_constant=_refuse_constant, parse_float=numbers.kept)
     try:
         value = decoder.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise BadParameter("the body is nested too deeply") from None
+    except ValueError as error:
         raise BadParameter(f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise BadParameter(f"expected a JSON object, got {type(value).__name__}")
+        raise BadParameter(f"expected a JSON object, got {_JSON_TYPES[type(value)]}")
     return value
 
 
@@ -48,7 +50,12 @@ def _body(http: Any) -> bytes:
         raise BadParameter("Content-Length is not a number") from None
     if length > MAX_BODY_BYTES:
         raise RequestDataTooBig
-    return _chunked(http) if "HTTP_TRANSFER_ENCODING" in http.META else bytes(http.body)
+    if "HTTP_TRANSFER_ENCODING" in http.META:
+        return _chunked(http)
+    body = bytes(http.body)
+    if len(body) < length:  # half a call may be another call
+        raise BadParameter(f"the body ended after {len(body)} of the {length} bytes that Content-Length announced")
+    return body
 
 
 def _chunked(http: Any) -> bytes:
@@ -65,4 +72,5 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+_JSON_TYPES = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # made once: to make one costs more than to read a small body

@@ -32,12 +32,25 @@ class Receiver:
 _receivers: Lookups[Receiver] = Lookups()  # by what requests call them
 
 
+class Pushed(NotFound):
+    """There is such a consumer, but it is pushed to."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self.consumer_id = consumer.pk
+        super().__init__(f"{consumer.name} is a push consumer: its messages go to its endpoint; receiving needs one of kind pull")
+
+
 def find(name_or_id: str, caller: Caller) -> Receiver:
     """The pull consumer with this id or name. Raises NotFound, also when the caller's token does not reach it."""
     receiver = _receivers.known(name_or_id)
     if receiver is None:
         connection.close()  # nobody waits with one in hand
-        receiver = _receivers.find(name_or_id, load)
+        try:
+            receiver = _receivers.find(name_or_id, load)
+        except Pushed as pushed:
+            if caller.reaches(pushed.consumer_id):
+                raise
+            raise NotFound(_missing(name_or_id)) from None
     if not caller.reaches(receiver.id):
         raise NotFound(_missing(name_or_id))
     return receiver
@@ -55,13 +68,15 @@ def load(name_or_id: str) -> Receiver:
     """As it is in the store now. Raises NotFound."""
     if "\0" in name_or_id:
         raise NotFound(_missing(name_or_id))
-    found = Consumer.objects.select_related("source").filter(kind="pull")
+    found = Consumer.objects.select_related("source")
     try:
         consumer = found.filter(pk=UUID(name_or_id)).first()
     except ValueError:
         consumer = found.filter(name=name_or_id).first()
     if consumer is None:
         raise NotFound(_missing(name_or_id))
+    if consumer.kind != "pull":
+        raise Pushed(consumer)
     source = consumer.source
     return Receiver(
         consumer.pk,

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,23 +35,20 @@ def wait_ms(given: Mapping[str, Any]) -> int:
     elif match is not None:
         milliseconds = int(match[1]) * UNITS_MS[match[2]]
     else:
-        raise BadParameter(f'wait_for: expected milliseconds or a text such as "60s" or "5m", got {value!r}')
+        raise BadParameter(f'wait_for: expected milliseconds or a text such as "60s" or "5m", got {reprlib.repr(value)}')
     if not 0 <= milliseconds <= MAX_WAIT_MS:
         raise BadParameter(f"wait_for: expected 0 to {MAX_WAIT_MS} ms, got {milliseconds}")
     return milliseconds
 
 
 def ack_ids(given: Mapping[str, Any]) -> list[str]:
-    """`ack_ids` or `ack_tokens`: 1 to 10000 texts."""
-    name = "ack_ids" if "ack_ids" in given else "ack_tokens"
-    ids = given.get(name)
-    if ids is None:
+    """`ack_ids` or `ack_tokens`: 1 to 10000 texts. Both: only when equal."""
+    lists = [_texts(name, given[name]) for name in ("ack_ids", "ack_tokens") if given.get(name) is not None]
+    if not lists:
         raise BadParameter("ack_ids is missing: expected a list of the ack_id texts that receive gave")
-    if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
-        raise BadParameter(f"{name}: expected a list of texts")
-    if not 1 <= len(ids) <= MAX_RECEIPTS:
-        raise BadParameter(f"{name}: expected 1 to {MAX_RECEIPTS} texts, got {len(ids)}")
-    return ids
+    if lists[0] != lists[-1]:
+        raise BadParameter("ack_ids and ack_tokens differ: give one of them")
+    return lists[0]
 
 
 def delay_ms(given: Mapping[str, Any]) -> int:
@@ -69,7 +67,18 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, str) and re.fullmatch(r"-?\d{1,12}", value.strip(), re.ASCII):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise BadParameter(f"{name}: expected a whole number from {low} to {high}, got {value!r}")
+        raise BadParameter(f"{name}: expected a whole number from {low} to {high}, got {reprlib.repr(value)}")
     if not low <= value <= high:
         raise BadParameter(f"{name}: expected {low} to {high}, got {value}")
+    return value
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    if not isinstance(value, list):
+        raise BadParameter(f"{name}: expected a list of texts, got {reprlib.repr(value)}")
+    if not all(isinstance(item, str) for item in value):
+        odd = next(item for item in value if not isinstance(item, str))
+        raise BadParameter(f"{name}: expected a list of texts, got one with {reprlib.repr(odd)} in it")
+    if not 1 <= len(value) <= MAX_RECEIPTS:
+        raise BadParameter(f"{name}: expected 1 to {MAX_RECEIPTS} texts, got {len(value)}")
     return value

@@ -122,9 +122,21 @@ def test_a_bad_value_is_named(api: Api, log: Log, path: str, change: dict[str, A
     assert status == 422 and field in answer["validation_errors"], answer
 
 
+@pytest.mark.parametrize("path, field, says", [
+    ("sources", "sslmode", "expected one of disable, allow, prefer, require, verify-ca, verify-full, got 'perhaps'"),
+    ("sources", "status", "expected one of active, paused, got 'perhaps'"), ("consumers", "kind", "expected one of push, pull, got 'perhaps'"),
+    ("consumers", "on_full", "expected one of hold, pause, drop_oldest, got 'perhaps'"),
+])  # fmt: skip
+def test_what_is_no_choice_is_told_the_choices(api: Api, path: str, field: str, says: str) -> None:
+    status, answer = api("POST", path, {"name": "n", field: "perhaps"})
+    assert status == 422 and says in answer["validation_errors"][field], answer
+
+
 def test_bad_requests(api: Api) -> None:
     assert api("POST", "sources", raw="{nonsense")[0] == 400
-    assert api("POST", "sources", raw="[1]")[0] == 400
+    assert api("POST", "sources", raw="[1]") == (400, {"summary": "expected a JSON object, got a list"})
+    assert api("POST", "sources", raw="null") == (400, {"summary": "expected a JSON object, got null"})
+    assert api("POST", "sources", raw="[" * 100_000) == (400, {"summary": "the body is nested too deeply"})
     assert api("POST", "sources", raw=b"\xff\xfe")[0] == 400
     assert api("POST", "sources", raw='{"name": "' + "x" * 1_100_000 + '"}')[0] == 413
     assert api("GET", "sources/nowhere")[0] == 404
@@ -264,5 +276,5 @@ def test_a_token_with_a_rate_limit_is_told_to_come_again(api: Api, log: Log, cli
     codes = [answer.status_code for answer in answers]
     assert codes[:6] == [200] * 6 and 429 in codes[6:]
     late = answers[codes.index(429)]
-    assert late["Retry-After"] == "1" and "more than 3 requests a second" in late.json()["summary"]
+    assert late["Retry-After"] == "1" and late.json()["summary"] == "more than 3 requests a second with this token: come again in 1 s"
     assert api("GET", "sources")[0] == 200, "others do not notice"

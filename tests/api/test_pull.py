@@ -136,6 +136,21 @@ def test_a_body_without_a_length_is_read(world: World) -> None:
     assert status == 413 and "larger" in answer["summary"]
 
 
+def test_half_a_body_is_no_call(world: World) -> None:
+    """Its client went away, or announced too much: what was meant is not known, and nothing may be handed out for it."""
+    consumer = world.consumer()
+    world.log.append([1])
+    with socket.create_connection(("127.0.0.1", world.port), timeout=30) as conn:
+        conn.sendall(
+            f"POST /api/http_pull_consumers/{consumer.name}/receive HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n"
+            f'Authorization: Bearer {world.client.token}\r\n\r\n{{"batch_size": 1}}'.encode()
+        )
+        conn.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(partial(conn.recv, 65536), b""))
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"17 of the 50 bytes" in answer, answer
+    assert world.client.receive(consumer.name).body["data"][0]["deliver_count"] == 1
+
+
 @pytest.mark.parametrize("call, body", [
     ("receive", {"batch_size": 0}), ("receive", {"batch_size": 1001}), ("receive", {"batch_size": "many"}),
     ("receive", {"batch_size": 1, "max_batch_size": 2}), ("receive", {"wait_for": 300_001}), ("receive", {"wait_for": "1d"}),
@@ -239,7 +254,10 @@ def test_a_token_for_one_consumer_does_not_outlive_it(world: World) -> None:
 def test_a_push_consumer_is_not_found(world: World) -> None:
     endpoint = HttpEndpoint.objects.create(name=f"hook-{world.mark}", url="https://example.com/")
     pushed = world.consumer("pushed", kind="push", endpoint=endpoint)
-    assert world.client.receive(pushed.name).status == 404
+    for client, says in ((world.client, "push consumer"), (world.with_token("pull", [world.consumer()]), "there is no pull consumer")):
+        for name in (pushed.name, pushed.pk):
+            answer = client.receive(name)
+            assert answer.status == 404 and says in answer.body["summary"], name
 
 
 def test_a_renamed_consumer_is_found_under_its_new_name(world: World) -> None:
@@ -299,7 +317,8 @@ def test_a_name_that_is_not_ours_gets_nothing(world: World) -> None:
     world.log.append([1])
     for _ in range(2):
         answer = world.client.call("POST", f"/api/http_pull_consumers/{consumer.name}/receive", {}, Host="elsewhere.example")
-        assert answer.status == 400 and answer.body == {"summary": "the request could not be read"}
+        assert answer.status == 400 and set(answer.body) == {"summary"}
+        assert "'elsewhere.example'" in answer.body["summary"] and "ALLOWED_HOSTS" in answer.body["summary"]
     assert world.client.receive(consumer.name).body["data"][0]["deliver_count"] == 1
 
 

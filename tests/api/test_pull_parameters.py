@@ -43,7 +43,10 @@ def test_other_waits_are_refused(value: object) -> None:
         parameters.wait_ms({"wait_for": value})
 
 
-@pytest.mark.parametrize("given", [{"ack_ids": ["a"]}, {"ack_tokens": ["a"]}])
+@pytest.mark.parametrize("given", [
+    {"ack_ids": ["a"]}, {"ack_tokens": ["a"]}, {"ack_ids": None, "ack_tokens": ["a"]}, {"ack_ids": ["a"], "ack_tokens": None},
+    {"ack_ids": ["a"], "ack_tokens": ["a"]},
+])  # fmt: skip
 def test_ack_ids_are_read_under_both_names(given: dict[str, object]) -> None:
     assert parameters.ack_ids(given) == ["a"]
 
@@ -52,6 +55,28 @@ def test_ack_ids_are_read_under_both_names(given: dict[str, object]) -> None:
 def test_other_ack_ids_are_refused(value: object) -> None:
     with pytest.raises(BadParameter, match="ack_ids"):
         parameters.ack_ids({"ack_ids": value})
+
+
+@pytest.mark.parametrize("tokens", [["b"], [], "a", [1]])
+def test_other_ack_ids_under_the_other_name_are_refused_and_not_passed_over(tokens: object) -> None:
+    with pytest.raises(BadParameter, match="ack_tokens"):
+        parameters.ack_ids({"ack_ids": ["a"], "ack_tokens": tokens})
+
+
+@pytest.mark.parametrize("given, says", [
+    ({"ack_ids": "a"}, "got 'a'"), ({"ack_ids": ["a", None]}, "None in it"), ({"ack_ids": {"a": 1}}, "got {'a': 1}"),
+])  # fmt: skip
+def test_what_came_instead_of_ack_ids_is_told(given: dict[str, object], says: str) -> None:
+    with pytest.raises(BadParameter) as refused:
+        parameters.ack_ids(given)
+    assert says in str(refused.value)
+
+
+def test_what_came_is_told_in_short() -> None:
+    for read, name in ((parameters.batch_size, "batch_size"), (parameters.wait_ms, "wait_for")):
+        with pytest.raises(BadParameter) as refused:
+            read({name: "x" * 100_000})
+        assert len(str(refused.value)) < 200
 
 
 @pytest.mark.parametrize("value", [-1, 43_200_001, "x", True])

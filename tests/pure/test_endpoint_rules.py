@@ -4,8 +4,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from standardwebhooks.webhooks import Webhook
 
-from consumers.endpoint_rules import check_headers, check_url
+from consumers.endpoint_rules import check_headers, check_signing_secrets, check_url
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,26 @@ def test_headers_that_are_refused(headers: Any) -> None:
 @pytest.mark.parametrize("headers", [{}, {"X-Team": "shop"}, {"authorization": "Bearer a.b-c=="}, {"x": ""}, {"x": "tab\tinside"}])
 def test_headers_that_are_fine(headers: Any) -> None:
     assert check_headers(headers) is None
+
+
+def test_a_header_value_that_is_too_long_is_told_so() -> None:
+    assert check_headers({"x": "a" * 8000}) is None
+    assert "8001 characters" in str(check_headers({"x": "a" * 8001}))
+
+
+@pytest.mark.parametrize("secret", [
+    "", " ", "whsec_", "short", "whsec_" + "A" * 28, "whsec_" + "A" * 88, "A" * 32, "whsec_" + "!" * 32, "whsec_" + "-_" * 16,
+    "whsec_" + "A" * 33, "whsec_" + "A" * 34, "whsec_" + "A" * 33 + "=", "whsec_" + "A" * 32 + "=",
+])  # fmt: skip
+def test_signing_secrets_that_are_refused(secret: str) -> None:
+    assert check_signing_secrets(secret)
+    assert check_signing_secrets(f"whsec_{'A' * 32} {secret}") or not secret.strip()
+
+
+@pytest.mark.parametrize("secret", ["whsec_" + "A" * 32, "whsec_" + "A" * 34 + "==", "whsec_" + "+/" * 16, "whsec_" + "A" * 86 + "=="])
+def test_signing_secrets_that_are_fine_are_to_the_receivers_library_too(secret: str) -> None:
+    assert check_signing_secrets(secret) is None and check_signing_secrets(f"{secret} {secret}") is None
+    assert Webhook(secret)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from django.core import mail
+from django.core.exceptions import ValidationError
 from django.utils import timezone
 
 from consumers.alert_models import AlertDestination, AlertEpisode, AlertNotice, AlertRule
@@ -63,6 +64,14 @@ def test_one_notice_when_it_begins_and_one_when_it_is_over(log: Log, endpoint: E
     claims.fail(consumer, [Failure(claim.token, claim.messages[0].id, 1, "answered 500", 500)])
     alerting.judge()
     assert alerting.send() == 1 and AlertEpisode.objects.count() == 2
+
+
+def test_a_secret_that_receivers_could_not_read_is_refused() -> None:
+    destination = AlertDestination(name="ops", kind="webhook", url="https://example.com/", signing_secret="whsec_" + "a" * 33)
+    with pytest.raises(ValidationError, match="signing_secret.*base64"):
+        destination.full_clean()
+    destination.signing_secret += "aaa"
+    destination.full_clean()
 
 
 def test_what_lasts_too_short_alerts_nobody(log: Log, endpoint: Endpoint) -> None:
