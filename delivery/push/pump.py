@@ -185,6 +185,9 @@ class Pump:
             if lane.paused:
                 self._hand_back_pending(lane)
             lane.hungry = lane.hungry or was_paused
+        # Those of disabled consumers, which nobody else could take: renewing is by holder, whatever is served.
+        if idle := held.keys() - self._lanes.keys():
+            turns.release(self.holder, idle)
         if not self._ending:
             self._share()
         self._release_quiet()

@@ -678,6 +678,30 @@ def test_many_poison_messages_starve_nobody(log: Log, endpoint: Any, pump: Any) 
     assert lifecycle.backlog(consumer).undelivered == 22
 
 
+def test_a_consumer_that_is_enabled_again_is_served_at_once(log: Log, endpoint: Any, pump: Any) -> None:
+    """Its turn goes when it is disabled: kept by the pump that serves it no more, nobody could take it until the slice ends."""
+    where = endpoint()
+    consumer = push_to(log, where)
+    pump()
+    log.append(log.row(1))
+    delivered(consumer, 1)
+    configured = Consumer.objects.get(pk=consumer)
+    configured.status = "disabled"
+    changes.save(configured)
+
+    def turn_is_free() -> bool:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT NOT EXISTS (SELECT FROM turns WHERE consumer = %s)", [consumer])
+            return bool(cursor.fetchone()[0])
+
+    wait_until(turn_is_free, 20, "the turn given up")
+    configured.status = "active"
+    changes.save(configured)
+    log.append(log.row(2))
+    delivered(consumer, 2)
+    assert where.ids == [1, 2]
+
+
 def test_resuming_delivers_what_was_collected(log: Log, endpoint: Any, pump: Any) -> None:
     where = endpoint()
     consumer = push_to(log, where, status="paused")
