@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +188,7 @@ class Engines:
 
 
 @contextmanager
-def open_snapshot(wanted: bool) -> Iterator[None]:
-    if not wanted:
-        yield
-        return
+def open_snapshot() -> Iterator[None]:
     with connect() as conn:
         conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         conn.execute("SELECT 1")
@@ -251,6 +248,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["sql", "http"])
     parser.add_argument("--snapshot", action="store_true", help="beside a transaction that stays open")
     options = parser.parse_args()
+    snapshot = open_snapshot if options.snapshot else nullcontext
     import django
     import psycopg
 
@@ -267,14 +265,14 @@ def main() -> None:
             print("PGMQ is not installed (requirements-dev.txt): left out")
         if options.only != "http":
             makers = {"ours": ours, "pgmq": pgmq, "skip locked": skip_locked}
-            with open_snapshot(options.snapshot):
+            with snapshot():
                 compare(engines, "SQL: messages/s", engines.there(makers), options)
         if options.only != "sql":
             from consumers.tokens import create_token
             from tests.api.pull_world import web_server
 
             token = create_token("bench", "pull")[1]
-            with web_server() as (_, port), thin_server() as thin, open_snapshot(options.snapshot):
+            with web_server() as (_, port), thin_server() as thin, snapshot():
                 makers = {
                     "ours": lambda consumer: by_http(port, f"/api/http_pull_consumers/{consumer}", token),
                     "pgmq": lambda _: by_http(thin, "/pgmq"),

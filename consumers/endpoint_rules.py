@@ -13,6 +13,7 @@ RESERVED_HEADERS = (
 )  # fmt: skip
 RESERVED_PREFIX = "webhook-"
 MAX_HEADER_VALUE = 8000
+SIGNING_SECRET_PREFIX = "whsec_"
 SIGNING_SECRET_BYTES = range(24, 65)
 
 
@@ -57,12 +58,12 @@ def check_headers(headers: Any) -> str | None:
 def check_signing_secrets(secrets: str) -> str | None:
     """What is wrong with the signing secrets, apart by spaces, or None. What is no base64 the receivers' libraries refuse."""
     for secret in secrets.split() or [""]:
-        text = secret.removeprefix("whsec_")
+        text = secret.removeprefix(SIGNING_SECRET_PREFIX)
         try:
             key = base64.b64decode(text, validate=True) if len(text) % 4 == 0 else b""
         except ValueError:
             key = b""
-        if not secret.startswith("whsec_") or len(key) not in SIGNING_SECRET_BYTES:
+        if not secret.startswith(SIGNING_SECRET_PREFIX) or len(key) not in SIGNING_SECRET_BYTES:
             return "expected whsec_ and base64 of 24 to 64 bytes; two, apart by a space, while rotating"
     return None
 

@@ -33,7 +33,7 @@ from consumers.store.models import (  # noqa: F401  (Django finds the models thr
     SourceEvent,
     SourceStatus,
 )
-from consumers.endpoint_rules import check_headers, check_signing_secrets, check_url
+from consumers.endpoint_rules import SIGNING_SECRET_PREFIX, check_headers, check_signing_secrets, check_url
 from consumers.hosting import pooler_problem
 from consumers.filters.checking import Notice
 from consumers.routing import clean_transform, clean_where
@@ -180,7 +180,7 @@ class Source(Named):
 
 
 def new_signing_secret() -> str:
-    return "whsec_" + b64encode(secrets.token_bytes(24)).decode()
+    return SIGNING_SECRET_PREFIX + b64encode(secrets.token_bytes(24)).decode()
 
 
 class HttpEndpoint(Named):

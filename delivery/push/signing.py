@@ -10,7 +10,7 @@ import hashlib
 import hmac
 from functools import lru_cache
 
-PREFIX = "whsec_"
+from consumers.endpoint_rules import SIGNING_SECRET_PREFIX
 
 
 def signature(secrets: str, webhook_id: str, timestamp_s: int, body: bytes) -> str:
@@ -37,7 +37,7 @@ def _keyed(secrets: str) -> tuple[hmac.HMAC, ...]:
 
 
 def _key(secret: str) -> bytes:
-    text = secret.removeprefix(PREFIX)
+    text = secret.removeprefix(SIGNING_SECRET_PREFIX)
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4))
     except binascii.Error:

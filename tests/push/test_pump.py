@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -21,7 +22,7 @@ from delivery.push import retry
 from delivery.push.pump import Pump
 from tests.conftest import ROOT, process_environment, wait_until
 from tests.push.endpoint import Endpoint, Got, status
-from tests.store.world import Log
+from tests.store.world import Log, fetch, waits_for_lock
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -283,16 +284,27 @@ def test_a_stopped_pump_gives_back_what_it_has(log: Log, endpoint: Any, pump: An
     where.closing.set()
 
 
-def held_back(where: Endpoint) -> threading.Event:
+def held_back(where: Endpoint, code: int = 204) -> threading.Event:
     """Let the endpoint answer only when the event is set."""
     release = threading.Event()
 
     def answer(got: Got, handler: Any) -> None:
         release.wait(30)
-        status(204)(got, handler)
+        status(code)(got, handler)
 
     where.answer = answer
     return release
+
+
+@contextmanager
+def claim_held_up(log: Log, consumer: UUID) -> Iterator[None]:
+    """A new message comes, and its pump waits in the store for the claim of it."""
+    with store_connection(autocommit=False) as conn:
+        conn.execute("SELECT FROM consumer_position WHERE consumer = %s FOR UPDATE", [consumer])
+        log.append(log.row(3))
+        lifecycle.wake(consumer)
+        wait_until(lambda: waits_for_lock("%sequin_claim%"), 10, "the claim to wait")
+        yield
 
 
 def pump_process(seconds: int = 60) -> subprocess.Popen[bytes]:
@@ -563,18 +575,15 @@ def test_while_the_store_is_slow_what_is_in_hand_is_sent_and_a_failure_holds_up_
 def test_a_consumer_that_was_let_go_gets_nothing_more_when_its_last_answer_comes_while_the_store_works(
     log: Log, endpoint: Any, pump: Any
 ) -> None:
-    first, second = threading.Event(), threading.Event()
-    answered: list[threading.Event] = []
+    first, answered = threading.Event(), threading.Event()
 
-    def after(event: threading.Event) -> Callable[[Got, Any], None]:
-        def answer(got: Got, handler: Any) -> None:
-            event.wait(30)
-            status(204)(got, handler)
-            answered.append(event)
+    def answer(got: Got, handler: Any) -> None:
+        first.wait(30)
+        status(204)(got, handler)
+        answered.set()
 
-        return answer
-
-    where, other, third = endpoint(after(first)), endpoint(after(second)), endpoint()
+    where, other, third = endpoint(answer), endpoint(), endpoint()
+    second = held_back(other)
     goes, stays, claims = push_to(log, where, concurrency=1), push_to(log, other, concurrency=1), push_to(log, third)
     log.append(log.row(1), log.row(2))
     pump()
@@ -582,14 +591,9 @@ def test_a_consumer_that_was_let_go_gets_nothing_more_when_its_last_answer_comes
     delivered(claims, 2)
     Consumer.objects.filter(pk=goes).update(status="disabled")
     wait_until(lambda: len(parked(goes)) == 2, 10, "what it has in hand to be given back")
-    with store_connection(autocommit=False) as conn:
-        conn.execute("SELECT FROM consumer_position WHERE consumer = %s FOR UPDATE", [claims])
-        log.append(log.row(3))
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_notify('sequin_consumer', %s)", [str(claims)])
-        wait_until(lambda: _waits("sequin_claim"), 10, "the third one's claim to wait")
+    with claim_held_up(log, claims):
         first.set()
-        wait_until(lambda: answered, 10, "the last answer")
+        wait_until(answered.is_set, 10, "the last answer")
         second.set()
         wait_until(lambda: len(other.got) == 2, 10, "what the pump has in hand of another one to be sent")
     delivered(stays, 3)
@@ -600,25 +604,15 @@ def test_a_pump_that_waits_for_the_store_sends_nothing_once_its_turns_have_ended
     log: Log, endpoint: Any, pump: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turns, "TURN_S", 2.0)
-    release = threading.Event()
-
-    def answer(got: Got, handler: Any) -> None:
-        release.wait(30)
-        status(204)(got, handler)
-
-    where, other = endpoint(answer), endpoint()
+    where, other = endpoint(), endpoint()
+    release = held_back(where)
     loses, claims = push_to(log, where, concurrency=1), push_to(log, other)
     log.append(log.row(1), log.row(2))
     lanes = pump()._lanes
     wait_until(lambda: where.got, 10, "the first request")
     delivered(claims, 2)
     lost = lanes[loses]
-    with store_connection(autocommit=False) as conn:
-        conn.execute("SELECT FROM consumer_position WHERE consumer = %s FOR UPDATE", [claims])
-        log.append(log.row(3))
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_notify('sequin_consumer', %s)", [str(claims)])
-        wait_until(lambda: _waits("sequin_claim"), 10, "the claim of the other to wait")
+    with claim_held_up(log, claims):
         wait_until(lambda: loses in turns.take(uuid4(), 2), 10, "the turn to end")
         release.set()
         wait_until(lambda: lost.acks, 10, "the answer to be taken in")
@@ -626,22 +620,10 @@ def test_a_pump_that_waits_for_the_store_sends_nothing_once_its_turns_have_ended
     assert where.ids == [1] and not lost.pending
 
 
-def _waits(function: str) -> bool:
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s", [f"%{function}%"])
-        return bool(cursor.fetchall())
-
-
 def test_a_consumer_deleted_in_flight_harms_nobody(log: Log, endpoint: Any, pump: Any) -> None:
-    where, other = endpoint(status(410)), endpoint()
+    where, other = endpoint(), endpoint()
+    release = held_back(where, 410)
     goes, stays = push_to(log, where), push_to(log, other)
-    release = threading.Event()
-
-    def answer(got: Got, handler: Any) -> None:
-        release.wait(30)
-        status(410)(got, handler)
-
-    where.answer = answer
     log.append(log.row(1))
     pump()
     wait_until(lambda: where.got, 10, "the request")
@@ -688,13 +670,7 @@ def test_a_consumer_that_is_enabled_again_is_served_at_once(log: Log, endpoint: 
     configured = Consumer.objects.get(pk=consumer)
     configured.status = "disabled"
     changes.save(configured)
-
-    def turn_is_free() -> bool:
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT NOT EXISTS (SELECT FROM turns WHERE consumer = %s)", [consumer])
-            return bool(cursor.fetchone()[0])
-
-    wait_until(turn_is_free, 20, "the turn given up")
+    wait_until(lambda: not fetch("SELECT 1 FROM turns WHERE consumer = %s", consumer), 20, "the turn to be given up")
     configured.status = "active"
     changes.save(configured)
     log.append(log.row(2))

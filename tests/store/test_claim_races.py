@@ -24,7 +24,7 @@ from consumers.store import claims, hot, lifecycle
 from consumers.store.connection import store_connection
 from consumers.store.types import Failure
 from tests.conftest import wait_until
-from tests.store.world import Log, fetch, parked_count, unsent  # noqa: F401
+from tests.store.world import Log, fetch, parked_count, unsent, waits_for_lock  # noqa: F401
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -177,7 +177,7 @@ def test_an_ack_waits_for_no_claim_and_frees_what_was_parked_behind_it_meanwhile
         claimed = conn.execute("SELECT id FROM sequin_claim(%s, 1, 60000, NULL, 100, 1000000)", [consumer]).fetchall()
         assert [row[0] for row in claimed] == [first.messages[0].id + 3], "the second of key 1 is parked behind the first"
         acking.start()
-        wait_until(lambda: fetch("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%sequin_ack%%'"), 10, "the ack to wait")
+        wait_until(lambda: waits_for_lock("%sequin_ack%"), 10, "the ack to wait")
     acking.join(10)
     assert settled == [(1, 0)]
     assert [message.id for message in claims.claim(consumer, 10, lease_ms=60_000).messages] == [first.messages[0].id + 2]
@@ -211,7 +211,7 @@ def test_group_columns_are_not_changed_behind_a_claim(log: Log) -> None:  # noqa
     with store_connection(autocommit=False) as conn:
         conn.execute("SELECT * FROM sequin_claim(%s, 1, 60000, NULL, 100, 1000000)", [consumer])
         saver.start()
-        wait_until(lambda: fetch("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%pg_advisory_xact_lock%%'"), 10, "the edit to wait")
+        wait_until(lambda: waits_for_lock("%pg_advisory_xact_lock%"), 10, "the edit to wait")
     saver.join(10)
     assert len(errors) == 1 and "1 are out" in str(errors[0])
     assert Consumer.objects.get(pk=consumer).group_columns == []

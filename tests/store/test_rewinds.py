@@ -15,7 +15,7 @@ from consumers.store.partitions import maintain
 from consumers.store.rewinds import OutOfReach
 from consumers.store.types import Failure
 from tests.conftest import wait_until
-from tests.store.world import Log, fetch, keys, receipts, take
+from tests.store.world import Log, fetch, keys, receipts, take, waits_for_lock
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -207,7 +207,7 @@ def test_a_partition_is_not_dropped_under_a_rewind(log: Log) -> None:
         with other.transaction():
             other.execute("SELECT sequin_rewind(%s, %s, gen_random_uuid())", [consumer, ids[0] - 1])
             thread.start()
-            wait_until(lambda: fetch("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'UPDATE log_floor%%'"))
+            wait_until(lambda: waits_for_lock("UPDATE log_floor%"))
         thread.join(20)
     assert dropped and partition not in dropped[0] and keys(take(consumer)) == ['["1"]', '["2"]']
 
@@ -231,6 +231,6 @@ def test_a_rewind_is_refused_while_its_partition_goes(log: Log) -> None:
         with conn.transaction():
             conn.execute("UPDATE log_floor SET id = %s", [ids[1] + 1])
             thread.start()
-            wait_until(lambda: fetch("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%sequin_rewind%%'"))
+            wait_until(lambda: waits_for_lock("%sequin_rewind%"))
         thread.join(20)
     assert refused and lifecycle.waiting(consumer) == 0

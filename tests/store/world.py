@@ -55,6 +55,11 @@ def fetch(query: str, *parameters: Any) -> list[tuple[Any, ...]]:
         return cursor.fetchall() if cursor.description else []
 
 
+def waits_for_lock(statement: str) -> bool:
+    """Whether a statement like this, in LIKE's sense, waits for a lock."""
+    return bool(fetch("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s", statement))
+
+
 def receipts(claim: Any) -> list[tuple[UUID, int]]:
     return [(claim.token, message.id) for message in claim.messages]
 
