@@ -109,7 +109,7 @@ class Bench:
         worker.start()
         sent_queue, arrived_queue = processes.Queue(), processes.Queue()
         running = [
-            processes.Process(target=write, args=(self.installation.psql_url(), 0, 1, count, rate, begin, sent_queue)),
+            processes.Process(target=write, args=(self.installation.psql_url(), 0, 1, 1, count, rate, begin, sent_queue)),
             processes.Process(target=pull, args=(self.installation.port, self.installation.token, count, begin + seconds + WAIT_S, arrived_queue)),
         ]
         for process in running:

@@ -19,8 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-os.environ["SEQUIN_TEST_DURABLE"] = "1"
-import tests.postgres_plugin as cluster  # noqa: E402
+from bench._store import store  # noqa: E402
 
 ROUNDS = 3
 TABLE = """
@@ -44,11 +43,11 @@ def main() -> None:
     server = EmbeddedPostgres(home, {"max_slot_wal_keep_size": "-1"})
     server.start()
     try:
-        measure(server, changes, str(server._binaries() / "pg_recvlogical"))
+        with store():
+            measure(server, changes, str(server._binaries() / "pg_recvlogical"))
     finally:
         server.stop()
         shutil.rmtree(home, ignore_errors=True)
-        cluster.pytest_unconfigure(None)
 
 
 def measure(server: Any, changes: int, yardstick: str) -> None:
@@ -68,7 +67,6 @@ def measure(server: Any, changes: int, yardstick: str) -> None:
         row = conn.execute("SELECT pg_current_wal_insert_lsn(), pg_current_wal_insert_lsn() - '0/0'").fetchone()
     assert row is not None
     end_text, end = str(row[0]), int(row[1])
-    set_up_store()
     ours: list[float] = []
     theirs: list[float] = []
     for number in range(ROUNDS):
@@ -79,19 +77,6 @@ def measure(server: Any, changes: int, yardstick: str) -> None:
     ratio = statistics.median(o / t for o, t in zip(ours, theirs, strict=True))
     print(f"pg_recvlogical   {statistics.median(theirs):10,.0f} changes/s     ratio {ratio:.2f}")
     print(f"peak memory of the reader's process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
-
-
-def set_up_store() -> None:
-    import django
-    import psycopg
-
-    os.environ["DJANGO_SETTINGS_MODULE"] = "sequinapp.settings"
-    with psycopg.connect(os.environ["DATABASE_URL"].rsplit("/", 1)[0] + "/postgres", autocommit=True) as conn:
-        conn.execute("CREATE DATABASE sequin")
-    django.setup()
-    from django.core.management import call_command
-
-    call_command("migrate", verbosity=0)
 
 
 def drain(server: Any, number: int, changes: int, end: int) -> float:

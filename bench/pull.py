@@ -2,15 +2,13 @@
 
     python bench/pull.py [--seconds 3] [--waiters 1000]
 
-Uses the store of DATABASE_URL, under a source and consumers of its own that it deletes at the end. Server, client and
-Postgres share the machine. One line a measurement; `rate` is the median of ROUNDS rounds, all of them behind it.
+Server, client and Postgres share the machine. One line a measurement; `rate` is the median of ROUNDS rounds, all of them behind it.
 """
 from __future__ import annotations
 
 import argparse
 import http.client
 import json
-import os
 import statistics
 import sys
 import threading
@@ -21,14 +19,15 @@ from pathlib import Path
 from uuid import UUID
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("DJANGO_SETTINGS_MODULE", "sequinapp.settings")
+
+from bench._store import store  # noqa: E402
 
 import django  # noqa: E402
 
 django.setup()
 
-from consumers.models import ApiToken, Consumer  # noqa: E402
-from consumers.store import claims, lifecycle  # noqa: E402
+from consumers.models import Consumer  # noqa: E402
+from consumers.store import claims  # noqa: E402
 from tests.api.pull_world import Client, Log, World, web_server  # noqa: E402
 
 BATCHES = (1, 100, 1000)
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each round")
     parser.add_argument("--waiters", type=int, default=1000)
     options = parser.parse_args()
-    with web_server(SEQUIN_MAX_WAITERS=str(max(options.waiters, 1))) as (process, port):
+    with store(), web_server(SEQUIN_MAX_WAITERS=str(max(options.waiters, 1))) as (process, port):
         world = World(port)
         try:
             for batch in BATCHES:
@@ -59,7 +58,7 @@ def main() -> None:
             _long_polls(world, options.waiters)
             print(f"memory of the web worker: {_peak_mb(process.pid):.0f} MB at its peak")
         finally:
-            _remove(world)
+            world.log.close()
 
 
 def _by_function(consumer_id: UUID, batch: int) -> int:
@@ -176,16 +175,6 @@ def _peak_mb(parent: int) -> float:
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     peaks = [line.split()[1] for child in children for line in Path(f"/proc/{child}/status").read_text().splitlines() if line.startswith("VmHWM")]
     return max(map(int, peaks), default=0) / 1024
-
-
-def _remove(world: World) -> None:
-    for consumer in Consumer.objects.filter(source=world.source):
-        lifecycle.drop_consumer(consumer.pk)
-        consumer.delete()
-    lifecycle.drop_source(world.source.pk)
-    world.log.close()
-    world.source.delete()
-    ApiToken.objects.filter(name__startswith="token-").delete()
 
 
 if __name__ == "__main__":

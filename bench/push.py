@@ -23,8 +23,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-os.environ["SEQUIN_TEST_DURABLE"] = "1"
-
 CONCURRENCY = 10
 ROUNDS = 3
 SINGLE, BATCHED = 20_000, 200_000
@@ -150,27 +148,13 @@ def session(url: str, body: bytes, count: int) -> float:
 
 
 def main() -> None:
-    import tests.postgres_plugin as cluster
+    from bench._store import store
 
-    try:
-        with sink() as port:
-            measure(f"http://127.0.0.1:{port}/")
-    finally:
-        cluster.pytest_unconfigure(None)
+    with store(), sink() as port:
+        measure(f"http://127.0.0.1:{port}/")
 
 
 def measure(url: str) -> None:
-    import django
-    import psycopg
-
-    os.environ["DJANGO_SETTINGS_MODULE"] = "sequinapp.settings"
-    base = os.environ["DATABASE_URL"].rsplit("/", 1)[0]
-    with psycopg.connect(f"{base}/postgres", autocommit=True) as conn:
-        conn.execute("CREATE DATABASE sequin")
-    django.setup()
-    from django.core.management import call_command
-
-    call_command("migrate", verbosity=0)
     print(f"median of {ROUNDS} alternating rounds; in brackets the pump's share of it, by rounds")
     print(f"{'':24}{'pump':>10}" + "".join(f"{name:>24}" for name in LOOPS))
     for name, batch, count in (("single, POST/s", 1, SINGLE), ("batches of 100, msg/s", 100, BATCHED)):

@@ -28,10 +28,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["SEQUIN_TEST_DURABLE"] = "1"
-os.environ["DJANGO_SETTINGS_MODULE"] = "sequinapp.settings"
 
-import tests.postgres_plugin as cluster  # noqa: E402
+from bench._store import store  # noqa: E402
 
 BATCHES, RECEIVERS = (1, 10, 100, 1000), (1, 4)
 FILL = 200_000
@@ -249,17 +247,7 @@ def main() -> None:
     parser.add_argument("--snapshot", action="store_true", help="beside a transaction that stays open")
     options = parser.parse_args()
     snapshot = open_snapshot if options.snapshot else nullcontext
-    import django
-    import psycopg
-
-    with psycopg.connect(os.environ["DATABASE_URL"].rsplit("/", 1)[0] + "/postgres", autocommit=True) as conn:
-        conn.execute("CREATE DATABASE sequin")
-    django.setup()
-    from django.core.management import call_command
-    from django.db import connection
-
-    call_command("migrate", verbosity=0)
-    try:
+    with store():
         engines = Engines()
         if not engines.has_pgmq:
             print("PGMQ is not installed (requirements-dev.txt): left out")
@@ -281,9 +269,6 @@ def main() -> None:
                 compare(engines, "HTTP: messages/s", engines.there(makers), options)
         engines.conn.close()
         engines.log.close()
-    finally:
-        connection.close()
-        cluster.pytest_unconfigure(None)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ twenty consumers, each with a filter of its own that lets a twentieth through: t
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import threading
@@ -20,10 +19,8 @@ from uuid import UUID
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["SEQUIN_TEST_DURABLE"] = "1"
-os.environ["DJANGO_SETTINGS_MODULE"] = "sequinapp.settings"
 
-import tests.postgres_plugin as cluster  # noqa: E402
+from bench._store import store  # noqa: E402
 
 BATCH = 100
 VARIANTS: dict[str, tuple[str, str]] = {
@@ -116,7 +113,7 @@ def cost(orders: Orders, messages: int, rounds: int) -> None:
 
     consumers = {name: orders.consumer(name.replace(" ", "-").replace(":", "").replace("@>", "contains"), *texts) for name, texts in VARIANTS.items()}
     for first in range(0, messages, 2000):
-        orders.append(first, 2000)
+        orders.append(first, min(2000, messages - first))
     took: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for turn in range(rounds + 1):
         for name, consumer in consumers.items():
@@ -183,15 +180,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=20)
     parser.add_argument("--rate", type=int, default=2000)
     options = parser.parse_args()
-    import django
-    import psycopg
+    with store():
+        measure(options)
 
-    with psycopg.connect(os.environ["DATABASE_URL"].rsplit("/", 1)[0] + "/postgres", autocommit=True) as conn:
-        conn.execute("CREATE DATABASE sequin")
-    django.setup()
-    from django.core.management import call_command
 
-    call_command("migrate", verbosity=0)
+def measure(options: argparse.Namespace) -> None:
     orders = Orders()
     try:
         cost(orders, options.messages, options.rounds)
@@ -203,7 +196,6 @@ def main() -> None:
         pool.close()
         filtering.close()
         orders.appender.close()
-        cluster.pytest_unconfigure(None)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["SEQUIN_TEST_DURABLE"] = "1"
-os.environ["DJANGO_SETTINGS_MODULE"] = "sequinapp.settings"
 
-import tests.postgres_plugin as cluster  # noqa: E402
+from bench._store import store  # noqa: E402
 
 TABLES = ("consumer_position", "leases", "parked", "capture_progress")
 PART_ROWS = 100
@@ -86,19 +84,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--dump", action="store_true")
     options = parser.parse_args()
-    import django
-    import psycopg
-
-    with psycopg.connect(os.environ["DATABASE_URL"].rsplit("/", 1)[0] + "/postgres", autocommit=True) as conn:
-        conn.execute("CREATE DATABASE sequin")
-    django.setup()
-    from django.core.management import call_command
-
-    call_command("migrate", verbosity=0)
-    try:
+    with store():
         measure(options)
-    finally:
-        cluster.pytest_unconfigure(None)
 
 
 def measure(options: argparse.Namespace) -> None:
