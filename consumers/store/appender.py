@@ -15,11 +15,12 @@ from uuid import UUID
 
 import psycopg
 
+from consumers.store import shapes
 from consumers.store.connection import held_connection
 from consumers.store.events import add_event
 from consumers.store.partitions import SEQUENCE_LOCK
 from consumers.store.room import Room
-from consumers.store.types import LogRow, Progress, Proof, RelationShape, relation_digest, stored_shape
+from consumers.store.types import LogRow, Progress, Proof, RelationShape, stored_shape
 
 SOURCE_LOCK_CLASS = 0x5E9  # advisory: one reader per source
 
@@ -156,19 +157,8 @@ class Appender:
         return stored_shape(*row)
 
     def register_relation(self, epoch: int, shape: RelationShape) -> int:
-        """The id of this shape of the table; the same shape has the same id."""
-        columns = json.dumps([column._asdict() for column in shape.columns])
-        row = self._conn.execute(
-            "INSERT INTO relation_version (source, epoch, oid, schema_name, table_name, columns, primary_key,"
-            " replica_identity, digest) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)"
-            " ON CONFLICT (source, epoch, oid, digest) DO UPDATE SET seen_at = clock_timestamp() RETURNING id",
-            [
-                self.source_id, epoch, shape.oid, shape.schema, shape.table, columns, list(shape.primary_key),
-                shape.replica_identity, relation_digest(shape),
-            ],
-        ).fetchone()  # fmt: skip
-        assert row is not None
-        return int(row[0])
+        """The id of this shape of the table, under which a change came."""
+        return shapes.register_relation(self._conn, self.source_id, epoch, shape, seen=True)
 
     def append(self, rows: Sequence[LogRow], before: Progress, after: Progress, proof: Proof | None = None) -> int | None:
         """Store `rows` and move the progress from `before` to `after`, both or neither. Returns the last id drawn.

@@ -17,11 +17,12 @@ from uuid import UUID
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
 
+from consumers.store import shapes
 from consumers.store.backfills import DUE_SQL
 from consumers.store.connection import store_connection
 from consumers.store.partitions import SEQUENCE_LOCK
 from consumers.store.room import Room
-from consumers.store.types import RelationShape, relation_digest
+from consumers.store.types import RelationShape
 
 TURN_S = 6.0  # a worker that dies is replaced after this long
 CHUNK_ROWS = 500
@@ -285,21 +286,7 @@ class BackfillWork:
 
     def register_relation(self, epoch: int, source_id: UUID, shape: RelationShape) -> int:
         """The id of this shape of the table. It does not count as seen: capture tells of changes to what it saw itself."""
-        columns = json.dumps([column._asdict() for column in shape.columns])
-        digest = relation_digest(shape)
-        row = self._conn.execute(
-            "WITH made AS (INSERT INTO relation_version (source, epoch, oid, schema_name, table_name, columns, primary_key,"
-            " replica_identity, digest, seen_at) VALUES (%(source)s, %(epoch)s, %(oid)s, %(schema)s, %(table)s, %(columns)s, %(key)s,"
-            " %(identity)s, %(digest)s, '-infinity') ON CONFLICT (source, epoch, oid, digest) DO NOTHING RETURNING id)"
-            " SELECT id FROM made UNION ALL SELECT id FROM relation_version WHERE source = %(source)s AND epoch = %(epoch)s AND"
-            " oid = %(oid)s AND digest = %(digest)s",
-            {
-                "source": source_id, "epoch": epoch, "oid": shape.oid, "schema": shape.schema, "table": shape.table,
-                "columns": columns, "key": list(shape.primary_key), "identity": shape.replica_identity, "digest": digest,
-            },
-        ).fetchone()  # fmt: skip
-        assert row is not None
-        return int(row[0])
+        return shapes.register_relation(self._conn, source_id, epoch, shape, seen=False)
 
     # Staging and appending ---------------------------------------------------------------------------------------------------
 

@@ -65,6 +65,31 @@ create table relation_version (
     unique (source, epoch, oid, digest)  -- read when capture registers a shape, and by claims (source)
 );
 
+-- The id of this shape of a table; the same shape has the same id. `p_seen`: capture saw it. One after another for a source, so
+-- that whoever has seen an id has seen all smaller ones too: a larger one is a shape not heard of yet.
+create function sequin_register_relation(
+    p_source uuid, p_epoch integer, p_oid bigint, p_schema text, p_table text, p_columns jsonb, p_key text[], p_identity text,
+    p_digest text, p_seen boolean) returns integer language plpgsql as $$
+declare
+    v_id integer;
+begin
+    for i in 1..2 loop
+        select r.id into v_id from relation_version r
+         where r.source = p_source and r.epoch = p_epoch and r.oid = p_oid and r.digest = p_digest;
+        exit when v_id is not null or i = 2;
+        perform pg_advisory_xact_lock(hashtextextended('relations of ' || p_source, 0));
+    end loop;
+    if v_id is null then
+        insert into relation_version (source, epoch, oid, schema_name, table_name, columns, primary_key, replica_identity, digest, seen_at)
+        values (p_source, p_epoch, p_oid, p_schema, p_table, p_columns, p_key, p_identity, p_digest,
+                case when p_seen then clock_timestamp() else '-infinity' end)
+        returning id into v_id;
+    elsif p_seen then
+        update relation_version r set seen_at = clock_timestamp() where r.id = v_id;
+    end if;
+    return v_id;
+end $$;
+
 -- The append lock: the first statement of every append updates and thereby locks and compares this row.
 create table capture_progress (
     source            uuid primary key,
@@ -542,6 +567,13 @@ begin
     return v_count - 1;
 end $$;
 
+-- The shapes that tables of these names have had. Asked in the statement that reads the messages, and so of the same moment: one
+-- that was asked before does not know the shape of what has arrived meanwhile, which would count as nothing of the consumer's.
+create function sequin_relations(p_source uuid, p_tables text[]) returns setof integer language sql stable as $$
+    select r.id from relation_version r where r.source = p_source
+       and (r.schema_name || '.' || r.table_name = any (p_tables) or r.schema_name || '.*' = any (p_tables))
+$$;
+
 -- Hand out up to p_limit messages under a new lease: due heads of parked groups first, then the log from the position
 -- on. One row a message in log order; or one row without a message. `at_end`: nothing more can be had now;
 -- an empty answer without it means that p_scan rows were looked at in vain and the caller asks again.
@@ -572,7 +604,7 @@ declare
     v_max_deliver integer;
     v_per_group  integer;
     v_actions    "char"[];
-    v_relations  integer[];   -- null: all
+    v_all_tables boolean;
     v_out_count  integer := 0;
     v_settled    integer;     -- acknowledged since the last claim
     v_set        text;
@@ -655,11 +687,7 @@ begin
     v_max_out := v_pos.max_ack_pending;
     v_actions := v_pos.actions;
     v_columns := nullif(v_pos.group_columns, '{}');
-    if v_pos.tables <> '{}' then
-        v_relations := array(
-            select r.id from relation_version r where r.source = v_pos.source
-            and (r.schema_name || '.' || r.table_name = any (v_pos.tables) or r.schema_name || '.*' = any (v_pos.tables)));
-    end if;
+    v_all_tables := v_pos.tables = '{}';
 
     -- 1. What is out: less than at the last claim, when something was acknowledged.
     if v_pos.out_count > 0 then
@@ -685,7 +713,8 @@ begin
                        m.unchanged, m.old_values_known, m.annotations, m.backfill, m.replay,
                        hashtextextended(m.key, m.table_oid) as grp, hashtextextended(m.old_key, m.table_oid) as grp2,
                        m.consumer is not distinct from p_consumer
-                       or (m.consumer is null and m.action = any (v_actions) and (v_relations is null or m.relation = any (v_relations))
+                       or (m.consumer is null and m.action = any (v_actions)
+                           and (v_all_tables or m.relation = any (array(select * from sequin_relations(v_pos.source, v_pos.tables))))
                            and (m.epoch <> v_pos.start_epoch or m.commit_lsn >= v_pos.start_lsn)) as hit
                 from messages m where m.source = v_pos.source and m.id > v_pos.position order by m.id limit v_room + 1  -- is there more?
             ), a as materialized (
@@ -789,11 +818,13 @@ begin
                         select m.id from messages m where m.source = v_pos.source and m.id = any (v_row.ids)
                           and m.id between v_row.ids[1] and v_row.ids[cardinality(v_row.ids)]
                           and (m.consumer = p_consumer
-                               or m.action = any (v_actions) and (v_relations is null or m.relation = any (v_relations)))
+                               or m.action = any (v_actions)
+                                  and (v_all_tables or m.relation = any (array(select * from sequin_relations(v_pos.source, v_pos.tables)))))
                         union  -- while a partition goes, both hold it
                         select m.id from kept_messages m where m.source = v_pos.source and m.id = any (v_row.ids)
                           and (m.consumer = p_consumer
-                               or m.action = any (v_actions) and (v_relations is null or m.relation = any (v_relations)))
+                               or m.action = any (v_actions)
+                                  and (v_all_tables or m.relation = any (array(select * from sequin_relations(v_pos.source, v_pos.tables)))))
                         order by 1);
                     if cardinality(v_take) < cardinality(v_row.ids) then
                         v_parked := v_parked - (cardinality(v_row.ids) - cardinality(v_take));
@@ -855,7 +886,7 @@ begin
                             when m.old_key is not null then hashtextextended(m.old_key, m.table_oid) end as grp2,
                        m.consumer is not distinct from p_consumer
                        or (m.consumer is null and m.action = any (v_actions)
-                           and (v_relations is null or m.relation = any (v_relations))
+                           and (v_all_tables or m.relation = any (array(select * from sequin_relations(v_pos.source, v_pos.tables))))
                            and (m.epoch <> v_pos.start_epoch or m.commit_lsn >= v_pos.start_lsn)) as hit
                 from messages m where m.source = v_pos.source and m.id > v_position
                 order by m.id limit v_window

@@ -1,7 +1,6 @@
 """What goes into the log and what comes out of it, as plain tuples. Pure."""
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterable
 from datetime import datetime
@@ -94,11 +93,6 @@ class RelationShape(NamedTuple):
 def stored_shape(oid: int, schema: str, table: str, columns: Iterable[dict[str, Any]], primary_key: Iterable[str], identity: str) -> RelationShape:
     """A row of relation_version as what it was made of."""
     return RelationShape(oid, schema, table, tuple(ColumnShape(**column) for column in columns), tuple(primary_key), identity)
-
-
-def relation_digest(shape: RelationShape) -> str:
-    """What tells two shapes of a table apart."""
-    return hashlib.sha256(repr(shape).encode()).hexdigest()
 
 
 def key_text(values: Iterable[str]) -> str:

@@ -22,9 +22,10 @@ from consumers import changes
 from consumers.models import Consumer
 from consumers.store import claims, hot, lifecycle
 from consumers.store.connection import store_connection
+from consumers.store.shapes import register_relation
 from consumers.store.types import Failure
 from tests.conftest import wait_until
-from tests.store.world import Log, fetch, parked_count, unsent, waits_for_lock  # noqa: F401
+from tests.store.world import SHAPE, Log, fetch, parked_count, unsent, waits_for_lock  # noqa: F401
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -239,6 +240,51 @@ def test_a_claim_that_waited_for_an_edit_goes_by_it(log: Log, edit: dict[str, An
         wait_until(lambda: fetch("SELECT 1 FROM pg_locks WHERE NOT granted"), 10, "the claim to wait")
     claiming.join(10)
     assert claimed[0].version == Consumer.objects.get(pk=consumer).updated_at
+
+
+@pytest.mark.parametrize("acked", [0, 1], ids=["one is out", "one is parked"])
+def test_a_tables_first_message_comes_while_a_claim_is_under_way(log: Log, acked: int) -> None:  # noqa: F811
+    """The claim has read its configuration, and waits for what is out, when a shape that nobody knew yet arrives."""
+    consumer = log.consumer(tables=["public.orders"], max_ack_pending=3)
+    log.append(log.row(1), log.row(2))
+    first = claims.claim(consumer, 2, lease_ms=60_000)
+    if acked:
+        claims.nack(consumer, [(first.token, first.messages[1].id)], 60_000)
+    claimed: list[Any] = []
+
+    def claim() -> None:
+        try:
+            claimed.append(claims.claim(consumer, 2, lease_ms=60_000))
+        finally:
+            connection.close()
+
+    claiming = threading.Thread(target=claim)
+    with store_connection(autocommit=False) as conn:
+        conn.execute("SELECT FROM leases WHERE consumer = %s FOR UPDATE", [consumer])
+        claiming.start()
+        wait_until(lambda: waits_for_lock("%sequin_claim%"), 10, "the claim to wait")
+        log.alter()
+        log.append(log.row(3))
+    claiming.join(10)
+    assert [message.key for message in claimed[0].messages] == ['["3"]']
+
+
+def test_shapes_become_known_in_the_order_of_their_ids(log: Log) -> None:  # noqa: F811
+    """Capture and a backfill come upon one each: a filter that knows the newer one would never ask about the older."""
+    made: list[int] = []
+
+    def register() -> None:
+        log.alter()
+        made.append(log.relation)
+
+    registering = threading.Thread(target=register)
+    with store_connection(autocommit=False) as conn:
+        first = register_relation(conn, log.source.pk, 1, SHAPE._replace(table="others"), seen=False)
+        again = register_relation(conn, log.source.pk, 1, SHAPE, seen=False)
+        registering.start()
+        wait_until(lambda: waits_for_lock("%sequin_register_relation%"), 10, "the other one to wait")
+    registering.join(10)
+    assert made and made[0] > first > again
 
 
 def _work_off(consumer: UUID, ack: Callable[[UUID, int], None]) -> None:

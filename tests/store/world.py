@@ -12,6 +12,7 @@ from consumers.store.appender import Appender
 from consumers.store.types import ClaimedMessage, ColumnShape, LogRow, Progress, RelationShape
 
 OID = 5
+SHAPE = RelationShape(OID, "public", "orders", (ColumnShape("id", 20, -1, "bigint"),), ("id",), "d")
 
 
 class Log:
@@ -24,9 +25,13 @@ class Log:
         self.appender = Appender(self.source.pk)
         self.progress = Progress(1, "1", 1, 100, 0, 0, 100)
         self.appender.begin_history(self.progress)
-        shape = RelationShape(OID, "public", "orders", (ColumnShape("id", 20, -1, "bigint"),), ("id",), "d")
-        self.relation = self.appender.register_relation(1, shape)
+        self.relation = self.appender.register_relation(1, SHAPE)
         self.lsn = 1000
+
+    def alter(self) -> None:
+        """The table has another column from here on: a shape that nobody knows yet."""
+        column = ColumnShape(f"c{uuid4().hex[:6]}", 23, -1, "integer")
+        self.relation = self.appender.register_relation(1, SHAPE._replace(columns=(*SHAPE.columns, column)))
 
     def row(self, key: int, old_key: int | None = None, action: bytes = b"I") -> LogRow:
         self.lsn += 10
