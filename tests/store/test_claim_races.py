@@ -74,7 +74,7 @@ class Threads:
 @pytest.mark.parametrize("acked", [0, 1000], ids=["timed acks", "acks that wait for nobody"])
 def test_receivers_editors_and_watchers_at_once(log: Log, monkeypatch: pytest.MonkeyPatch, acked: int) -> None:  # noqa: F811
     monkeypatch.setattr(hot, "DEAD_SHARE", 0)
-    consumer = log.consumer(acked, max_ack_pending=40)
+    consumer = log.consumer(acked, max_ack_pending=40, tables=["public.orders"])
     threads = Threads()
     acks: Counter[int] = Counter()
     lock = threading.Lock()
@@ -143,6 +143,7 @@ def test_receivers_editors_and_watchers_at_once(log: Log, monkeypatch: pytest.Mo
     try:
         while appended < ROWS and not threads.errors:
             count = chance.randrange(1, 60)
+            log.alter()
             log.append(*[log.row(chance.randrange(KEYS)) for _ in range(count)])
             appended += count
             threads.stopping.wait(0.005)
@@ -267,6 +268,30 @@ def test_a_tables_first_message_comes_while_a_claim_is_under_way(log: Log, acked
         log.append(log.row(3))
     claiming.join(10)
     assert [message.key for message in claimed[0].messages] == ['["3"]']
+
+
+@pytest.mark.parametrize("fields", [{}, {"where": "id >= 0"}, {"stream": "rows"}, {"group_columns": ["n"]}], ids=lambda fields: " ".join(fields) or "plain")
+def test_a_table_that_is_altered_all_the_time_loses_nothing(log: Log, fields: dict[str, Any]) -> None:  # noqa: F811
+    consumer = log.consumer(tables=["public.orders"], **fields)
+    threads = Threads()
+    got: list[int] = []
+
+    def receive(chance: random.Random) -> None:
+        claim = claims.claim(consumer, 10, lease_ms=60_000)
+        if claim.token is not None:
+            got.extend(message.id for message in claim.messages)
+            claims.ack(consumer, [(claim.token, message.id) for message in claim.messages])
+
+    for _ in range(3):
+        threads.go(receive)
+    try:
+        for key in range(200):
+            log.alter()
+            log.append(log.row(key))
+        wait_until(lambda: threads.errors or len(got) >= 200, 20, "all of it")
+    finally:
+        threads.finish()
+    assert sorted(got) == [row[0] for row in fetch("SELECT id FROM messages ORDER BY id")]
 
 
 def test_shapes_become_known_in_the_order_of_their_ids(log: Log) -> None:  # noqa: F811
