@@ -567,7 +567,7 @@ begin
     return v_count - 1;
 end $$;
 
--- The shapes that tables of these names have had. Asked in the statement that reads the messages, and so of the same moment: one
+-- The shapes that tables of these names have had. To be asked in the statement that reads the messages, and so of the same moment: one
 -- that was asked before does not know the shape of what has arrived meanwhile, which would count as nothing of the consumer's.
 create function sequin_relations(p_source uuid, p_tables text[]) returns setof integer language sql stable as $$
     select r.id from relation_version r where r.source = p_source
@@ -605,6 +605,8 @@ declare
     v_per_group  integer;
     v_actions    "char"[];
     v_all_tables boolean;
+    v_relations  integer[];
+    v_shape      integer;     -- the newest of which it is known whose it is
     v_out_count  integer := 0;
     v_settled    integer;     -- acknowledged since the last claim
     v_set        text;
@@ -688,6 +690,11 @@ begin
     v_actions := v_pos.actions;
     v_columns := nullif(v_pos.group_columns, '{}');
     v_all_tables := v_pos.tables = '{}';
+    if not v_all_tables then
+        select array_agg(r.id) filter (where r.schema_name || '.' || r.table_name = any (v_pos.tables) or r.schema_name || '.*' = any (v_pos.tables)),
+               coalesce(max(r.id), 0)
+          into v_relations, v_shape from relation_version r where r.source = v_pos.source;
+    end if;
 
     -- 1. What is out: less than at the last claim, when something was acknowledged.
     if v_pos.out_count > 0 then
@@ -713,20 +720,19 @@ begin
                        m.unchanged, m.old_values_known, m.annotations, m.backfill, m.replay,
                        hashtextextended(m.key, m.table_oid) as grp, hashtextextended(m.old_key, m.table_oid) as grp2,
                        m.consumer is not distinct from p_consumer
-                       or (m.consumer is null and m.action = any (v_actions)
-                           and (v_all_tables or m.relation = any (array(select * from sequin_relations(v_pos.source, v_pos.tables))))
+                       or (m.consumer is null and m.action = any (v_actions) and (v_all_tables or m.relation = any (v_relations))
                            and (m.epoch <> v_pos.start_epoch or m.commit_lsn >= v_pos.start_lsn)) as hit
                 from messages m where m.source = v_pos.source and m.id > v_pos.position order by m.id limit v_room + 1  -- is there more?
             ), a as materialized (
                 select (array_agg(x.id) filter (where x.hit))[:v_room] as ids, (array_agg(x.grp) filter (where x.hit))[:v_room] as grps,
-                       count(*) as looked, count(*) filter (where x.hit) as hits, max(x.id) as last,
+                       count(*) as looked, count(*) filter (where x.hit) as hits, max(x.id) as last, max(x.relation) > v_shape as is_unheard_of,
                        bool_or(x.grp in (select unnest(v_out)) or coalesce(x.grp2 <> x.grp, false)) filter (where x.hit) as tied,
                        sum(octet_length(x.record) + coalesce(octet_length(x.changes), 0)) filter (where x.hit) as bytes
                 from x
             ), ready as materialized (
                 select a.ids, a.grps, cardinality(a.ids) as n, case when a.looked > v_room then a.ids[v_room] else a.last end as last,
                        a.looked <= v_room as at_end
-                from a where not a.tied and (a.hits >= v_room or a.looked <= v_room) and (a.bytes <= p_max_bytes or a.hits = 1)
+                from a where not a.tied and a.is_unheard_of is not true and (a.hits >= v_room or a.looked <= v_room) and (a.bytes <= p_max_bytes or a.hits = 1)
             ), lease as (
                 insert into leases (token, consumer, source, until, ids, grps, grp2s, counts, holder)
                 select gen_random_uuid(), p_consumer, v_pos.source, clock_timestamp() + p_lease_ms * interval '1 ms', r.ids, r.grps,
