@@ -5,6 +5,8 @@ PORT ?= 8000
 ARGS ?=
 # Two at a time: a test is mostly several processes that wait for each other.
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+# A test that hangs is named, with what it was doing, and fails; its half of the rest goes to the other one, for a new one would run it again.
+LIMIT := --max-worker-restart=0 -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 VENV := .venv
 BIN := $(VENV)/bin
 # The first of these that is there; PYTHON=… chooses another.
@@ -24,7 +26,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(LIMIT) $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -266,6 +266,10 @@ def kill_loop(source: Source, source_database: SourceDatabase, reader_class: typ
     finally:
         stopping.set()
         writer.join()
+    # Read by nobody who was killed: when this one is there, nothing else will come.
+    last = max(committed) + 1
+    source_database.execute(f"INSERT INTO orders (id, status) VALUES ({last}, 'x')")
+    committed.add(last)
     return committed, [int(record["id"]) for record in map(json.loads, finish(source, committed)) if record]
 
 
