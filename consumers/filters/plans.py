@@ -15,7 +15,7 @@ from django.db import connection
 from consumers.filters import statements
 from consumers.filters.column_types import table_of
 from consumers.filters.grammar import Condition, Refused, parse
-from consumers.filters.rewriting import fit
+from consumers.filters.rewriting import Column, Fitted, Name, Table, fit, meaning
 from consumers.filters.statements import PASSES, UNFIT, UNHEARD_OF, Scope
 from consumers.store.types import RelationShape, stored_shape
 
@@ -31,9 +31,9 @@ _CONSUMER_SQL = """
     WHERE c.id = %s AND k.oid = 'messages'::regclass
 """
 _RELATIONS_SQL = """
-    SELECT r.id, cardinality(%(tables)s::text[]) = 0 OR r.schema_name || '.' || r.table_name = ANY (%(tables)s)
-                 OR r.schema_name || '.*' = ANY (%(tables)s)
-    FROM relation_version r WHERE r.source = %(source)s
+    SELECT coalesce(max(r.id), 0), array_agg(r.id) FILTER (WHERE r.schema_name || '.' || r.table_name = ANY (%(tables)s)
+                                                              OR r.schema_name || '.*' = ANY (%(tables)s))
+    FROM relation_version r WHERE r.source = %(source)s AND r.id > %(known)s
 """
 _SHAPES_SQL = """
     SELECT id, oid, schema_name, table_name, columns::text, primary_key, replica_identity FROM relation_version WHERE id = ANY (%s)
@@ -59,9 +59,11 @@ class Plan:
         letters = tuple(LETTERS[action] for action in actions)
         latest = stream == "rows"
         self._scope = Scope(
-            schema, consumer_id, tuple(letter for letter in letters if letter in ROW_ACTIONS) if latest else letters, (), 0,
+            schema, consumer_id, tuple(letter for letter in letters if letter in ROW_ACTIONS) if latest else letters, () if tables else None, 0,
             start_lsn, start_epoch, tuple(group_columns), latest,
         )  # fmt: skip
+        self._references = self._condition.references() if self._condition else []
+        self._fitted: dict[tuple[tuple[Name, Column | None], ...], Fitted] = {}
         self._judged: dict[int, str] = {}
         self.unfit: dict[int, str] = {}
         self._texts: dict[str, str] = {}
@@ -86,12 +88,13 @@ class Plan:
         return self._texts["one"]
 
     def learn_relations(self) -> None:
-        """Look which relation versions there are, and which are of the consumer's tables."""
+        """Look which relation versions there are that were not known yet, and which are of the consumer's tables."""
+        scope = self._scope
         with connection.cursor() as cursor:
-            cursor.execute(_RELATIONS_SQL, {"tables": self._tables, "source": self.source_id})
-            rows = cursor.fetchall()
-        ours = tuple(sorted(number for number, is_ours in rows if is_ours))
-        self._scope = self._scope._replace(relations=ours, newest_relation=max((number for number, _ in rows), default=0))
+            cursor.execute(_RELATIONS_SQL, {"tables": self._tables, "source": self.source_id, "known": scope.newest_relation})
+            newest, ours = cursor.fetchone()
+        relations = scope.relations if scope.relations is None else (*scope.relations, *sorted(ours or ()))
+        self._scope = scope._replace(relations=relations, newest_relation=max(newest, scope.newest_relation))
         self._texts.clear()
 
     def learn_shapes(self, relations: list[int]) -> None:
@@ -109,14 +112,22 @@ class Plan:
         self._texts.clear()
 
     def _judgement(self, number: int, shape: RelationShape) -> str:
-        assert self._condition is not None
         table = table_of(connection.connection, shape)
         try:
-            return statements.judgement(self._scope.schema, fit(self._condition, table), table)
+            return statements.judgement(self._scope.schema, self._fit(table), table)
         except Refused as refused:
             self.unfit[number] = f"where does not fit {table}: {refused.reason}"
             log.warning("messages are held consumer=%s: %s", self.name, self.unfit[number])
             return str(UNFIT)
+
+    def _fit(self, table: Table) -> Fitted:
+        """The filter over one table, made once for all that look alike to it. Raises Refused."""
+        assert self._condition is not None
+        columns = {column.name: column for column in table.columns}
+        named = tuple((name, columns.get(name.name)) for name in (meaning(reference, table) for reference in self._references))
+        if named not in self._fitted:
+            self._fitted[named] = fit(self._condition, table)
+        return self._fitted[named]
 
     def _text(self, name: str) -> str:
         if name not in self._texts:

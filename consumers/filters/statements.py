@@ -7,6 +7,7 @@ changes.
 """
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 from uuid import UUID
@@ -30,10 +31,10 @@ class Scope(NamedTuple):
     consumer_id: UUID
     actions: tuple[str, ...]
     """As the log has them: I, U, D, T."""
-    relations: tuple[int, ...]
-    """The relation versions of its tables."""
+    relations: tuple[int, ...] | None
+    """The relation versions of its tables; None: all tables are."""
     newest_relation: int
-    """The newest one known; a newer one is UNHEARD_OF."""
+    """The newest one known; a newer one is UNHEARD_OF. Relation versions become known in the order of their ids."""
     start_lsn: int
     start_epoch: int
     group_columns: tuple[str, ...]
@@ -88,20 +89,21 @@ def judgement(schema: str, fitted: Fitted, table: Table) -> str:
     row, old = _document(schema, "w.record"), _old(schema)
     flags = [f"r.un{number}" for number, _ in enumerate(fitted.now, 1)] + [f"r.uo{number}" for number, _ in enumerate(fitted.before, 1)]
     otherwise = f"CASE WHEN {' OR '.join(flags)} THEN {UNDECIDED} ELSE {DROPS} END" if flags else str(DROPS)
-    columns = [
-        f"{_ACTION} AS action", f"{_literal(table.schema)}::text AS table_schema", f"{_literal(table.name)}::text AS table_name",
-        *_now(fitted.now, row), *_before(fitted.before, row, old),
-    ]  # fmt: skip
+    # Only what is named: tables that look alike to the filter have one verdict, however many there are.
+    built_ins = {"action": _ACTION, "table_schema": f"{_literal(table.schema)}::text", "table_name": f"{_literal(table.name)}::text"}
+    columns = [f"{value} AS {name}" for name, value in built_ins.items() if f"r.{name}" in fitted.names]
     needed = {column.name: column for column in (*fitted.now, *fitted.before)}
     sources = []
     if len(needed) == 1 and not fitted.before and _reads_once(fitted):
         (column,) = needed.values()
         value = f"({row} ->> {_literal(column.name)})::{column.type}"
-        columns[3:] = [f"{value} AS n1", f"{value} IS NULL AND {row} -> {_literal(column.name)} IS NULL AS un1"]
-    elif needed:
-        sources.append(f"json_to_record({row}) AS n({_definitions(needed.values())})")
-    if fitted.before:
-        sources.append(f"json_to_record({old}) AS o({_definitions(fitted.before)})")
+        columns += [f"{value} AS n1", f"{value} IS NULL AND {row} -> {_literal(column.name)} IS NULL AS un1"]
+    else:
+        columns += [*_now(fitted.now, row), *_before(fitted.before, row, old)]
+        if needed:
+            sources.append(f"json_to_record({row}) AS n({_definitions(needed.values())})")
+        if fitted.before:
+            sources.append(f"json_to_record({old}) AS o({_definitions(fitted.before)})")
     origin = f" FROM {', '.join(sources)}" if sources else ""
     return (
         f"(SELECT CASE {fitted.expression} WHEN true THEN {PASSES} WHEN false THEN {DROPS} ELSE {otherwise} END"
@@ -120,15 +122,16 @@ def empty_row(fitted: Fitted, expression: str) -> str:
 
 def _rows(scope: Scope, judged: Mapping[int, str], otherwise: int, origin: str) -> str:
     """Messages with their verdicts. `origin`: what stands behind FROM, the messages as m."""
+    ours = "" if scope.relations is None else f" AND (m.relation = ANY ({_integers(scope.relations)}) OR m.relation > {scope.newest_relation})"
     hit = (
-        f"(m.consumer = {_literal(str(scope.consumer_id))}::uuid OR m.consumer IS NULL AND m.action::text = ANY ({_texts(scope.actions)})"
-        f" AND (m.relation = ANY ({_integers(scope.relations)}) OR m.relation > {scope.newest_relation})"
+        f"(m.consumer = {_literal(str(scope.consumer_id))}::uuid OR m.consumer IS NULL AND m.action::text = ANY ({_texts(scope.actions)}){ours}"
         f" AND (m.epoch <> {scope.start_epoch} OR m.commit_lsn >= {scope.start_lsn}))"
     )
-    branches = "".join(f" WHEN {relation} THEN {verdict}" for relation, verdict in judged.items())
-    verdict = f"CASE WHEN w.relation > {scope.newest_relation} THEN {UNHEARD_OF} ELSE CASE w.relation{branches} ELSE {otherwise} END END"
-    if not branches:
-        verdict = f"CASE WHEN w.relation > {scope.newest_relation} THEN {UNHEARD_OF} ELSE {otherwise} END"
+    alike: dict[str, list[int]] = defaultdict(list)
+    for relation, sql in judged.items():
+        alike[sql].append(relation)
+    branches = "".join(f" WHEN w.relation = ANY ({_integers(relations)}) THEN {sql}" for sql, relations in alike.items())
+    verdict = f"CASE WHEN w.relation > {scope.newest_relation} THEN {UNHEARD_OF}{branches} ELSE {otherwise} END"
     return (
         f"SELECT w.id, w.grp, w.grp2, w.relation, w.table_oid, w.key, CASE WHEN w.hit THEN {verdict} END AS verdict FROM ("
         f"SELECT m.id, {_groups(scope)}, m.relation, m.table_oid, m.key, m.action::text AS action, m.record, m.changes,"

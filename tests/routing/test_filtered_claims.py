@@ -293,6 +293,23 @@ def test_a_column_added_later_is_known_to_the_filter(shop: Shop) -> None:  # noq
     assert [record(message)["note"] for message in take(consumer)] == ["z"]
 
 
+@pytest.mark.parametrize("where", ["total > 1", "total > 1 AND old.total IS NULL", "total > 1 AND table_name <> 't3'"])
+def test_tables_that_look_alike_have_one_verdict(shop: Shop, where: str) -> None:  # noqa: F811
+    """Hundreds of tables, one for each tenant, and of each the shapes it has had: the statement stays small."""
+    shop.execute(*[f"CREATE TABLE t{n} (id int PRIMARY KEY, total {'int' if n < 6 else 'numeric'})" for n in range(8)])
+    consumer = shop.consumer(where, tables=[f"public.t{n}" for n in range(8)])
+    expected, texts = [], []
+    for n in range(8):
+        shop.execute(f"INSERT INTO t{n} VALUES (1, 1), (2, 2); ALTER TABLE t{n} ADD more int; INSERT INTO t{n} VALUES (3, 3)")
+        expected += [] if n == 3 and "table_name" in where else [(f"t{n}", 2), (f"t{n}", 3)]
+        shop.read()
+        claim = claims.claim(consumer.pk, 100, lease_ms=60_000)
+        texts.append((scouting.scouts.of(consumer.pk).plan.stretch, [(message.table, record(message)["id"]) for message in claim.messages]))
+    assert [one for _, got in texts for one in got] == expected
+    verdicts = [text.count("WHEN w.relation = ANY") for text, _ in texts]
+    assert verdicts == ([*range(1, 9)] if "table_name" in where else [1] * 6 + [2] * 2)
+
+
 def test_rows_are_delivered_in_their_latest_state_only(shop: Shop) -> None:  # noqa: F811
     shop.execute(ORDERS)
     rows, some = shop.consumer(tables=["public.orders"], stream="rows"), shop.consumer("total % 2 = 0", tables=["public.orders"], stream="rows")
