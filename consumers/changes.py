@@ -197,6 +197,8 @@ def _save_consumer(consumer: Consumer) -> None:
                 lifecycle.create_position(consumer.pk, consumer.source_id, _position(consumer.source))
         return
     with transaction.atomic():
+        # One under way goes by the configuration of before, and would pass over what arrives for this one once it is saved.
+        lifecycle.keep_claims_out(consumer.pk)
         if before.group_columns != consumer.group_columns:
             out, parked = lifecycle.held(consumer.pk)
             if out + parked:  # a claim was faster than this edit

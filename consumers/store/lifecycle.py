@@ -129,9 +129,15 @@ WAITING_SQL = """
 """
 
 
+def keep_claims_out(consumer_id: UUID) -> None:
+    """Until this transaction ends. One that waited for the row alone would go on by the configuration of before."""
+    _fetch("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [str(consumer_id)])
+    _fetch("SELECT 1 FROM consumer_position WHERE consumer = %s FOR UPDATE", [consumer_id])
+
+
 def held(consumer_id: UUID) -> tuple[int, int]:
     """How many messages are out and parked; inside a transaction, and until it ends nothing more will be."""
-    _lock(consumer_id)
+    keep_claims_out(consumer_id)
     rows = _fetch("SELECT out_count, parked_count FROM consumer_standing WHERE consumer = %s", [consumer_id])
     return rows[0] if rows else (0, 0)  # type: ignore[return-value]
 
@@ -139,7 +145,7 @@ def held(consumer_id: UUID) -> tuple[int, int]:
 def disable(consumer_id: UUID) -> None:
     """Drop what a consumer has out and parked. What comes is not collected until `enable`."""
     with transaction.atomic():
-        _lock(consumer_id)
+        keep_claims_out(consumer_id)
         _execute("DELETE FROM parked WHERE consumer = %s", [consumer_id])
         _execute(
             "WITH gone AS (DELETE FROM leases WHERE consumer = %(consumer)s RETURNING cardinality(ids) AS n)"
@@ -152,7 +158,7 @@ def disable(consumer_id: UUID) -> None:
 def enable(consumer_id: UUID) -> None:
     """Let a disabled consumer begin again at the end of the log."""
     with transaction.atomic():
-        _lock(consumer_id)
+        keep_claims_out(consumer_id)
         _execute(
             "UPDATE consumer_position p SET (position, start_id) = (SELECT x.last, x.last FROM (SELECT greatest(p.position,"
             " (SELECT max(id) FROM messages WHERE source = p.source)) AS last) x) WHERE consumer = %s",
@@ -318,12 +324,6 @@ def _redrive(
 
 def _cut(text: str | None, limit: int) -> str | None:
     return None if text is None else text[:limit].replace("\0", "\\0")
-
-
-def _lock(consumer_id: UUID) -> None:
-    """Keep claims out until this transaction ends. One that waited for the row alone would go on by the configuration of before."""
-    _fetch("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [str(consumer_id)])
-    _fetch("SELECT 1 FROM consumer_position WHERE consumer = %s FOR UPDATE", [consumer_id])
 
 
 def _execute(query: str, parameters: Any = None) -> None:
