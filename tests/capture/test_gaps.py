@@ -157,6 +157,64 @@ def test_an_older_transaction_that_stays_open_is_named_and_the_table_not_publish
     changes.save(Consumer(name="c", source=source, kind="pull", tables=["public.t"]))
 
 
+def test_a_table_that_somebody_publishes_by_hand_is_published_when_the_older_writers_have_ended(
+    source_database: SourceDatabase, make_source: Any, monkeypatch: Any
+) -> None:
+    """What we ask for where the publication is not ours; or it was us, and the process died at once."""
+    monkeypatch.setattr("consumers.publishing.WRITERS_WITHIN_S", 0.3)
+    source_database.execute("CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE u (id int PRIMARY KEY)")
+    source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE u")
+    source = make_source()
+    with source_database.connect(autocommit=False) as older, source_database.connect(autocommit=False) as younger:
+        older.execute("INSERT INTO t VALUES (1)")
+        source_database.execute("ALTER PUBLICATION sequin_pub ADD TABLE t")
+        younger.execute("INSERT INTO t VALUES (2)")
+        for tables in (["public.t"], ["public.*"]):
+            with pytest.raises(ValidationError, match=rf"has been open all the time \(process {older.info.backend_pid}, open for [^;]*$"):
+                changes.save(Consumer(name="c", source=source, kind="pull", tables=tables))
+        older.rollback()
+        changes.save(Consumer(name="c", source=source, kind="pull", tables=["public.t"]))
+    read_until(source, lambda: logged())
+    assert source_database.execute("SELECT count(*) FROM pg_publication_tables") == [(2,)]
+    assert [row.record["id"] for row in logged()] == [2]
+
+
+def test_two_consumers_that_name_a_table_for_the_first_time_at_once(
+    source_database: SourceDatabase, make_source: Any, monkeypatch: Any
+) -> None:
+    """The first one is refused in the end, and its table unpublished again: the second must not have relied on it."""
+    monkeypatch.setattr("consumers.publishing.WRITERS_WITHIN_S", 2.0)
+    source_database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    source = make_source()
+    ended: dict[str, str] = {}
+
+    def make_consumer(name: str) -> None:
+        try:
+            changes.save(Consumer(name=name, source=source, kind="pull", tables=["public.t"]))
+            ended[name] = "made"
+        except ValidationError as error:
+            ended[name] = str(error)
+        finally:
+            connection.close()
+
+    def published() -> bool:
+        return source_database.execute("SELECT count(*) FROM pg_publication_tables") == [(1,)]
+
+    first, second = (threading.Thread(target=make_consumer, args=[name]) for name in ("first", "second"))
+    with source_database.connect(autocommit=False) as older:
+        older.execute("INSERT INTO t VALUES (1)")
+        first.start()
+        wait_until(published, 10, "the table to be published")
+        second.start()
+        wait_until(lambda: ended or source_database.execute(
+            "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND query LIKE %s", ["%pg_try_advisory_lock%"]
+        ), 10, "the second to come")  # fmt: skip
+        first.join(10)
+        older.commit()
+    second.join(10)
+    assert published() == (ended["second"] == "made"), ended
+
+
 @pytest.fixture
 def server() -> Iterator[Cluster]:
     made = Cluster("put-back").start()
