@@ -19,6 +19,7 @@ from django.core.exceptions import ValidationError
 from django.db import DatabaseError, connection, transaction
 
 from consumers import changes
+from consumers.backfill_rules import Beginning
 from consumers.models import Consumer
 from consumers.store import claims, hot, lifecycle
 from consumers.store.connection import store_connection
@@ -335,6 +336,26 @@ def test_an_edit_and_a_rewind_wait_for_each_other_in_one_order(log: Log) -> None
         assert conn.execute("SELECT moved FROM sequin_rewind(%s, 0, gen_random_uuid())", [consumer]).fetchall() == [(True,)]
     saving.join(10)
     assert not failed and Consumer.objects.get(pk=consumer).status == "disabled"
+
+
+@pytest.mark.parametrize("start_from", ["now", "beginning"])
+def test_a_consumer_that_is_made_while_its_source_fails_over(log: Log, monkeypatch: pytest.MonkeyPatch, start_from: str) -> None:  # noqa: F811
+    """The server that says where it is goes away, and capture follows to one that is not so far yet."""
+    log.append(log.row(1))
+
+    def follow(answer: Any) -> Any:
+        log.progress = log.progress._replace(epoch=2, timeline=2)
+        log.appender.begin_history(log.progress)
+        log.relation = log.appender.register_relation(2, SHAPE)
+        return answer
+
+    monkeypatch.setattr(changes, "source_position", lambda source: follow(1_000_000))
+    monkeypatch.setattr(changes, "look_at_beginning", lambda source: follow(Beginning(8, 8, (), False, 1_000_000)))
+    monkeypatch.setattr(changes, "tables_to_backfill", lambda source, tables: [])
+    consumer = Consumer(name="c", source=log.source, kind="pull", start_from=start_from)
+    changes.save(consumer)
+    log.append(log.row(2))
+    assert [message.key for message in claims.claim(consumer.pk, 10, lease_ms=60_000).messages] == ['["2"]']
 
 
 @pytest.mark.parametrize("fields", [{}, {"where": "id >= 0"}, {"stream": "rows"}, {"group_columns": ["n"]}], ids=lambda fields: " ".join(fields) or "plain")
