@@ -119,7 +119,7 @@ def _wait(request: Any, receiver: Receiver, consumer: str, size: int, deadline: 
                 receiver = directory.find(consumer, admit(request))
     finally:
         connection.close()
-        room.leave(waiter, more=hand_on or waiter.event.is_set())
+        room.leave(waiter, more=hand_on)
 
 
 class Taken(NamedTuple):

@@ -84,9 +84,10 @@ class WaitingRoom:
         return waiter
 
     def leave(self, waiter: Waiter, *, more: bool) -> None:
-        """Stop waiting. `more`: there may be work for another one."""
+        """Stop waiting. `more`: there may be work for another one; so there may when it was woken, up to this moment."""
         consumer = waiter.receiver.id
         with self._lock:
+            more = more or waiter.event.is_set()
             self._count -= 1
             queue = self._waiters[consumer]
             queue.pop(waiter, None)

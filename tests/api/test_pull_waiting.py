@@ -9,13 +9,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 from django.utils import timezone
 
 from consumers.changes import save
+from consumers.envelope import addressing
 from consumers.models import ApiToken, Consumer
 from consumers.store import lifecycle
 from consumers.store.connection import store_connection
+from delivery.pull.directory import Receiver
+from delivery.pull.waiting import WaitingRoom
 from tests.api.pull_world import Answer, Client, World, server, until, web_server, world  # noqa: F401  (fixtures)
 
 PROMPT_S = 1.0  # a notice takes milliseconds; the sweep, which finds lost ones, a second and a bit
@@ -149,6 +153,19 @@ def test_retrying_a_dead_letter_ends_it(world: World) -> None:
     [poll] = waiting(world, consumer)
     assert lifecycle.retry(consumer.pk, state="dead") == 1
     assert poll.result(PROMPT_S).keys == [1]
+
+
+def test_a_poll_that_goes_the_moment_it_is_woken_wakes_the_next() -> None:
+    """Its time is over, and it goes with nothing: what it was woken for is there for others, and no second notice comes."""
+    waiting_room = WaitingRoom()
+    waiting_room.listen = lambda: None  # type: ignore[method-assign]
+    to = addressing(consumer_id=uuid4(), consumer_name="c", source_id=uuid4(), source_name="s", database="d", stream="changes")
+    receiver = Receiver(uuid4(), "c", uuid4(), timezone.now(), (), 30_000, "", to)
+    first, second = waiting_room.enter(receiver), waiting_room.enter(receiver)
+    waiting_room.wake(receiver.id)
+    assert first.event.is_set() and not second.event.is_set()
+    waiting_room.leave(first, more=False)
+    assert second.event.is_set()
 
 
 def test_many_polls_of_one_message_each_share_a_burst(world: World) -> None:
