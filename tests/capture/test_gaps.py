@@ -14,6 +14,7 @@ from django.db import connection
 
 from capture import surroundings
 from capture.reading import Reading
+from capture.stream import StreamEnded
 from consumers import changes
 from consumers.models import Consumer, Source
 from consumers.health import sources
@@ -27,6 +28,10 @@ from tests.conftest import SourceDatabase, wait_until
 from tests.faults.rig import Proxy
 
 pytestmark = pytest.mark.django_db(transaction=True)
+
+
+class StopHere(Exception):
+    """A reader's process dies."""
 
 
 @pytest.fixture
@@ -177,6 +182,41 @@ def test_a_table_that_somebody_publishes_by_hand_is_published_when_the_older_wri
     read_until(source, lambda: logged())
     assert source_database.execute("SELECT count(*) FROM pg_publication_tables") == [(2,)]
     assert [row.record["id"] for row in logged()] == [2]
+
+
+@pytest.mark.parametrize("stored", [3, 5], ids=["half of it", "all but its commit"])
+def test_a_transaction_stored_in_part_is_completed_under_the_publication_it_began_with(
+    source_database: SourceDatabase, make_source: Any, monkeypatch: Any, stored: int
+) -> None:
+    """How much of it is stored is counted in what that publication sends; the source is edited meanwhile."""
+    monkeypatch.setattr("capture.reader.BATCH_ROWS", stored)
+    source_database.execute("CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE u (id int PRIMARY KEY)")
+    source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE t; CREATE PUBLICATION another FOR TABLE t, u")
+    source = make_source()
+    read_until(source, lambda: True)
+    with source_database.connect(autocommit=False) as writer:
+        for number in range(5):
+            writer.execute(f"INSERT INTO u VALUES ({number}); INSERT INTO t VALUES ({number})")
+    source_database.execute("INSERT INTO u VALUES (100)")
+    append = Appender.append
+
+    def stored_in_part(self: Appender, *given: Any) -> Any:
+        done = append(self, *given)
+        if given[0]:
+            raise StopHere
+        return done
+
+    with monkeypatch.context() as patch, pytest.raises(StopHere):
+        patch.setattr(Appender, "append", stored_in_part)
+        read_until(source, lambda: False)
+    assert len(logged()) == stored
+    source.publication_name = "another"
+    changes.save(source)
+    with pytest.raises(StreamEnded, match="complete"):
+        read_until(source, lambda: len(logged()) > 5)
+    read_until(source, lambda: len(logged()) > 5)
+    assert [(row.table, row.record["id"]) for row in logged()] == [*(("public.t", number) for number in range(5)), ("public.u", 100)]
+    assert gap(source) is None
 
 
 def test_two_consumers_that_name_a_table_for_the_first_time_at_once(
