@@ -18,7 +18,7 @@ from capture.lsn import format_lsn
 from capture.stream import ReplicationStream, SlotActive, StreamEnded, Untranslatable
 from capture.surroundings import Slot
 from capture.tables import Tables
-from capture.transactions import Diverged, Transactions
+from capture.transactions import Diverged, PartComplete, Transactions
 from consumers.encodings import SQL_ASCII, UTF8, codec_of
 from consumers.models import Source
 from consumers.preflight_tables import complaints
@@ -77,6 +77,7 @@ class Reader:
         self._wanted_at = 0.0
         self._next_xid = 0
         self._in_recovery = False
+        self._publication = ""  # that is read
         self._complaints: tuple[str, ...] = ()  # what is wrong with the publication's tables
 
     @property
@@ -115,9 +116,11 @@ class Reader:
                 raise StreamEnded("two servers answered at this address, one after the other: its slot may be on neither or both")
             server, self._progress, proof = self._open_history(slot, stream, same_server)
             self._transactions = Transactions(tables, self._appender, self._progress, proof)
+            if self._publication != self.source.publication_name:
+                self._transactions.last_lsn = self._progress.part_lsn
             start = self._progress.reached_lsn if proof is None else min(self._progress.reached_lsn, proof.lsn)
             try:
-                stream.start(self.source.slot_name, self.source.publication_name, start, proven=proof is None)
+                stream.start(self.source.slot_name, self._publication, start, proven=proof is None)
             except SlotActive as error:
                 surroundings.end_own_sender(control, error.pid, name)
                 raise
@@ -129,6 +132,11 @@ class Reader:
             except Diverged as error:
                 self._begin_history(history.diverged(self._progress, server, error.proof))
                 raise StreamEnded(str(error)) from None
+            except PartComplete:
+                self._store(stream)
+                if self._progress.part_lsn:  # it was only its commit that was missing
+                    self._appender.reach(self._progress, self._transactions.moved(self._progress))
+                raise StreamEnded(f"the transaction that was stored in part is complete: {self.source.publication_name} is read now") from None
 
     def _read(self, stream: ReplicationStream, control: psycopg.Connection[Any]) -> None:
         looked_at = time.monotonic()
@@ -166,7 +174,7 @@ class Reader:
             raise NoRoom(reason)
         after = taken.moved(self._progress)
         newest = taken.rows[-1]
-        proof = Proof(newest.commit_lsn, newest.xid, newest.committed_us, self.source.publication_name)
+        proof = Proof(newest.commit_lsn, newest.xid, newest.committed_us, self._publication)
         with stream.kept_alive():
             self._appender.append(taken.rows, self._progress, after, proof)
         self._progress = after
@@ -274,7 +282,11 @@ class Reader:
         decision = history.decide(before, server, newest_lsn=newest.lsn if newest else 0, same_server=same_server)
         if before is None or decision.progress.epoch != before.epoch:
             self._begin_history(decision)
-        proof = None if decision.gap else history.proof_of(newest, server, self.source.publication_name)
+        self._publication = str(self.source.publication_name)
+        if newest is not None and not decision.gap and newest.lsn == decision.progress.part_lsn:
+            # What is stored of a transaction is so many of the changes that this publication sends: it is completed under it.
+            self._publication = newest.publication
+        proof = None if decision.gap else history.proof_of(newest, server, self._publication)
         return server, decision.progress, proof
 
     def _begin_history(self, decision: history.Decision) -> None:

@@ -30,6 +30,10 @@ class Diverged(Exception):
         super().__init__(f"the server did not send the transaction at {format_lsn(proof.lsn)} again")
 
 
+class PartComplete(Exception):
+    """All of the transaction that was stored in part has been taken, and nothing that comes after it."""
+
+
 class Transactions:
     """What has been taken of the stream since a connection began."""
 
@@ -37,6 +41,8 @@ class Transactions:
         """`proof`: the transaction that has to come first, if one has to."""
         self.tables, self._appender, self._progress = tables, appender, progress
         self.proof = proof
+        self.last_lsn: int | None = None
+        """Of the last transaction that is to be taken, when one is."""
         self.rows: list[LogRow] = []
         """Not stored yet."""
         self.row_bytes = 0
@@ -80,7 +86,7 @@ class Transactions:
             raise Diverged(self.proof)
 
     def take(self, data: bytes) -> None:
-        """One protocol message. Raises Diverged, MalformedMessage."""
+        """One protocol message. Raises Diverged, PartComplete, MalformedMessage."""
         tag = data[0]
         if tag == INSERT:
             if self._wanted():
@@ -102,6 +108,8 @@ class Transactions:
             assert isinstance(commit, pgoutput.Commit)
             self.done_lsn = max(self.done_lsn, commit.end_lsn)
             self._begin = None
+            if self.last_lsn is not None and self.done_lsn > self.last_lsn:
+                raise PartComplete
         else:
             self._take_rare(data)
 

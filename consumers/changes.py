@@ -194,9 +194,12 @@ def _save_consumer(consumer: Consumer) -> None:
             if consumer.start_from == "beginning":
                 _begin_with_everything(consumer)
             else:
-                lifecycle.create_position(consumer.pk, consumer.source_id, _position(consumer.source))
+                epoch = lifecycle.epoch(consumer.source_id)
+                lifecycle.create_position(consumer.pk, consumer.source_id, _position(consumer.source), epoch)
         return
     with transaction.atomic():
+        # One under way goes by the configuration of before, and would pass over what arrives for this one once it is saved.
+        lifecycle.keep_claims_out(consumer.pk)
         if before.group_columns != consumer.group_columns:
             out, parked = lifecycle.held(consumer.pk)
             if out + parked:  # a claim was faster than this edit
@@ -241,11 +244,11 @@ def _begin_with_everything(consumer: Consumer) -> None:
     """What a snapshot of the source sees comes as rows, by backfills; what it does not see as changes."""
     source = consumer.source
     try:
-        last = lifecycle.last_id(source.pk)
+        last, epoch = lifecycle.last_id(source.pk), lifecycle.epoch(source.pk)
         begun = look_at_beginning(source)
         lifecycle.create_position_before(
             consumer.pk, source.pk, last, xmin=begun.xmin, xmax=begun.xmax, running=begun.running, is_standby=begun.is_standby,
-            start_lsn=begun.lsn,
+            start_lsn=begun.lsn, start_epoch=epoch,
         )  # fmt: skip
         for table in tables_to_backfill(source, consumer.tables):
             backfills.begin(

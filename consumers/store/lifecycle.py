@@ -39,13 +39,18 @@ class Attempt(NamedTuple):
     """What it was sent with, as JSON; secret values masked."""
 
 
-def create_position(consumer_id: UUID, source_id: UUID, start_lsn: int) -> None:
-    """Let a new consumer begin at the end of the log, with nothing committed on the source before `start_lsn`."""
+def epoch(source_id: UUID) -> int:
+    """The one that the source's log is in. To be asked before its LSN, which means nothing in a later one."""
+    return int(_fetch("SELECT coalesce((SELECT epoch FROM capture_progress WHERE source = %s), 1)", [source_id])[0][0])
+
+
+def create_position(consumer_id: UUID, source_id: UUID, start_lsn: int, start_epoch: int = 1) -> None:
+    """Let a new consumer begin at the end of the log, with nothing committed on the source before `start_lsn` in `start_epoch`."""
     _execute(
         "INSERT INTO consumer_position (consumer, source, position, start_id, start_lsn, start_epoch) SELECT %(consumer)s,"
-        " %(source)s, last, last, %(lsn)s, coalesce((SELECT epoch FROM capture_progress WHERE source = %(source)s), 1)"
+        " %(source)s, last, last, %(lsn)s, %(epoch)s"
         " FROM (SELECT coalesce(max(id), 0) AS last FROM messages WHERE source = %(source)s) m",
-        {"consumer": consumer_id, "source": source_id, "lsn": start_lsn},
+        {"consumer": consumer_id, "source": source_id, "lsn": start_lsn, "epoch": start_epoch},
     )
 
 
@@ -55,7 +60,8 @@ def last_id(source_id: UUID) -> int:
 
 
 def create_position_before(
-    consumer_id: UUID, source_id: UUID, last: int, *, xmin: int, xmax: int, running: Sequence[int], is_standby: bool, start_lsn: int
+    consumer_id: UUID, source_id: UUID, last: int, *, xmin: int, xmax: int, running: Sequence[int], is_standby: bool, start_lsn: int,
+    start_epoch: int,
 ) -> None:
     """Let a new consumer begin just below the first logged change that a snapshot of the source does not see.
 
@@ -65,11 +71,11 @@ def create_position_before(
         _fetch("SELECT id FROM log_floor FOR SHARE")  # no partition goes that it begins in
         _execute(
             "INSERT INTO consumer_position (consumer, source, position, start_id, start_lsn, start_epoch) SELECT %(consumer)s,"
-            " %(source)s, seen, seen, %(lsn)s, coalesce((SELECT epoch FROM capture_progress WHERE source = %(source)s), 1)"
+            " %(source)s, seen, seen, %(lsn)s, %(epoch)s"
             " FROM sequin_seen(%(source)s, %(last)s, %(xmin)s, %(xmax)s, %(running)s::bigint[], %(standby)s) seen ON CONFLICT DO NOTHING",
             {
                 "consumer": consumer_id, "source": source_id, "last": last, "xmin": xmin, "xmax": xmax, "running": list(running),
-                "standby": is_standby, "lsn": start_lsn,
+                "standby": is_standby, "lsn": start_lsn, "epoch": start_epoch,
             },
         )  # fmt: skip
 
@@ -129,9 +135,15 @@ WAITING_SQL = """
 """
 
 
+def keep_claims_out(consumer_id: UUID) -> None:
+    """Until this transaction ends. One that waited for the row alone would go on by the configuration of before."""
+    _fetch("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [str(consumer_id)])
+    _fetch("SELECT 1 FROM consumer_position WHERE consumer = %s FOR UPDATE", [consumer_id])
+
+
 def held(consumer_id: UUID) -> tuple[int, int]:
     """How many messages are out and parked; inside a transaction, and until it ends nothing more will be."""
-    _lock(consumer_id)
+    keep_claims_out(consumer_id)
     rows = _fetch("SELECT out_count, parked_count FROM consumer_standing WHERE consumer = %s", [consumer_id])
     return rows[0] if rows else (0, 0)  # type: ignore[return-value]
 
@@ -139,7 +151,7 @@ def held(consumer_id: UUID) -> tuple[int, int]:
 def disable(consumer_id: UUID) -> None:
     """Drop what a consumer has out and parked. What comes is not collected until `enable`."""
     with transaction.atomic():
-        _lock(consumer_id)
+        keep_claims_out(consumer_id)
         _execute("DELETE FROM parked WHERE consumer = %s", [consumer_id])
         _execute(
             "WITH gone AS (DELETE FROM leases WHERE consumer = %(consumer)s RETURNING cardinality(ids) AS n)"
@@ -152,7 +164,7 @@ def disable(consumer_id: UUID) -> None:
 def enable(consumer_id: UUID) -> None:
     """Let a disabled consumer begin again at the end of the log."""
     with transaction.atomic():
-        _lock(consumer_id)
+        keep_claims_out(consumer_id)
         _execute(
             "UPDATE consumer_position p SET (position, start_id) = (SELECT x.last, x.last FROM (SELECT greatest(p.position,"
             " (SELECT max(id) FROM messages WHERE source = p.source)) AS last) x) WHERE consumer = %s",
@@ -318,12 +330,6 @@ def _redrive(
 
 def _cut(text: str | None, limit: int) -> str | None:
     return None if text is None else text[:limit].replace("\0", "\\0")
-
-
-def _lock(consumer_id: UUID) -> None:
-    """Keep claims out until this transaction ends. One that waited for the row alone would go on by the configuration of before."""
-    _fetch("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [str(consumer_id)])
-    _fetch("SELECT 1 FROM consumer_position WHERE consumer = %s FOR UPDATE", [consumer_id])
 
 
 def _execute(query: str, parameters: Any = None) -> None:

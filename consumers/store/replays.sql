@@ -266,6 +266,14 @@ returns bigint language sql stable set jit = off as $$
                        and m.epoch = (select p.epoch from capture_progress p where p.source = p_source)), p_last_id)
 $$;
 
+-- What rows of this shape are told apart by: the columns of the key, with their types, or all of them.
+create function sequin_told_apart_by(p_relation integer) returns jsonb language sql stable as $$
+    select case when r.primary_key = '{}' then r.columns
+                else (select jsonb_agg(c.value order by k.n) from unnest(r.primary_key) with ordinality k(name, n)
+                      left join jsonb_array_elements(r.columns) c on c.value ->> 'name' = k.name) end
+    from relation_version r where r.id = p_relation
+$$;
+
 -- Look for changes that a chunk's snapshot does not see in the log after p_from, up to p_to: rows with such a change are
 -- overtaken by it, if the consumer gets it. `again`: the rows have to be read again under a newer snapshot. `first_unseen`:
 -- the first such change of any table.
@@ -290,7 +298,7 @@ begin
         return;
     end if;
     with unseen as materialized (
-        select m.id, m.table_oid = p_chunk.table_oid as ours, m.action, m.key, m.old_key,
+        select m.id, m.table_oid = p_chunk.table_oid as ours, m.relation, m.action, m.key, m.old_key,
                m.id > v_pos.start_id and (m.epoch <> v_pos.start_epoch or m.commit_lsn >= v_pos.start_lsn) as started
         from messages m
         where m.source = p_backfill.source and m.id > p_from and m.id <= p_to and m.consumer is null and m.epoch = p_chunk.epoch
@@ -299,7 +307,11 @@ begin
     )
     select min(u.id), bool_or(u.ours),
            case when bool_or(u.ours and u.action = 'T') then 'the table was truncated'
-                when bool_or(u.ours and u.key ~ '[[,]null[],]') then 'a row was changed whose key the source did not send' end,
+                when bool_or(u.ours and u.key ~ '[[,]null[],]') then 'a row was changed whose key the source did not send'
+                -- Its rows could not be found among those read: the same key may be written in another way.
+                when exists (select from (select distinct x.relation from unseen x where x.ours and x.relation <> p_chunk.relation) y
+                             where sequin_told_apart_by(y.relation) is distinct from sequin_told_apart_by(p_chunk.relation))
+                then 'rows were changed that are told apart by other columns now' end,
            array_agg(u.key) filter (where u.ours and u.started and u.action = any (v_actions))
                || array_agg(u.old_key) filter (where u.ours and u.started and u.action = any (v_actions) and u.old_key is not null),
            array_agg(u.key) filter (where u.ours and not u.started)

@@ -117,9 +117,10 @@ def _wait(request: Any, receiver: Receiver, consumer: str, size: int, deadline: 
                 waiter.event.clear()
                 # Minutes may have passed: the token may be revoked by now, the consumer deleted or changed.
                 receiver = directory.find(consumer, admit(request))
+                room.know(receiver)
     finally:
         connection.close()
-        room.leave(waiter, more=hand_on or waiter.event.is_set())
+        room.leave(waiter, more=hand_on)
 
 
 class Taken(NamedTuple):
@@ -136,12 +137,13 @@ def _take(receiver: Receiver, size: int, looked_at: int = 0) -> Taken:
     try:
         with at_store(receiver.id), _claiming:
             claim = claims.claim(receiver.id, max(size, looked_at), lease_ms=receiver.ack_wait_ms)
-        if claim.token is None:
-            return Taken(None, [], claim.at_end, claim.next_due_ms)
-        if claim.version != receiver.version:
+        if claim.version is not None and claim.version != receiver.version:
             directory.forget()  # it was edited a moment ago
             receiver = directory.load(str(receiver.id))
             connection.close()
+            room.know(receiver)
+        if claim.token is None:
+            return Taken(None, [], claim.at_end, claim.next_due_ms)
         made = make(receiver.id, receiver.transform, receiver.to, claim.messages, min(TRANSFORM_S, receiver.ack_wait_ms / 4000))
         ready = settle(receiver.id, claim.token, made)
         if len(ready) > size:

@@ -63,6 +63,7 @@ class WaitingRoom:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiters: dict[UUID, OrderedDict[Waiter, None]] = defaultdict(OrderedDict)
+        self._receivers: dict[UUID, Receiver] = {}  # of those that wait, as they were last seen
         self._due: dict[UUID, float] = {}
         self._count = 0
         self._listener: threading.Thread | None = None
@@ -81,17 +82,27 @@ class WaitingRoom:
                 raise TooMany(f"{self._count} long polls are waiting already (SEQUIN_MAX_WAITERS)")
             self._count += 1
             self._waiters[receiver.id][waiter] = None
+        self.know(receiver)
         return waiter
 
+    def know(self, receiver: Receiver) -> None:
+        """The consumer was looked up: it may have been edited since its polls began, and wait for other tables."""
+        with self._lock:
+            known = self._receivers.get(receiver.id)
+            if receiver.id in self._waiters and (known is None or known.version < receiver.version):
+                self._receivers[receiver.id] = receiver
+
     def leave(self, waiter: Waiter, *, more: bool) -> None:
-        """Stop waiting. `more`: there may be work for another one."""
+        """Stop waiting. `more`: there may be work for another one; so there may when it was woken, up to this moment."""
         consumer = waiter.receiver.id
         with self._lock:
+            more = more or waiter.event.is_set()
             self._count -= 1
             queue = self._waiters[consumer]
             queue.pop(waiter, None)
             if not queue:
                 del self._waiters[consumer]
+                self._receivers.pop(consumer, None)
                 self._due.pop(consumer, None)
         if more:
             self.wake(consumer)
@@ -184,14 +195,14 @@ class WaitingRoom:
             self._wake_source(UUID(notice["source"]), notice["relations"])
 
     def _wake_source(self, source: UUID, relations: list[int]) -> None:
-        for receiver in self._receivers():
+        for receiver in self._known():
             if receiver.source_id == source and concerns(relations, receiver.tables):
                 self.wake(receiver.id)
         connection.close()  # back to the pool
 
-    def _receivers(self) -> list[Receiver]:
+    def _known(self) -> list[Receiver]:
         with self._lock:
-            return [next(iter(queue)).receiver for queue in self._waiters.values() if queue]
+            return list(self._receivers.values())
 
     def _wake_due(self, now: float) -> None:
         with self._lock:
@@ -202,7 +213,7 @@ class WaitingRoom:
             self.wake(consumer)
 
     def _wake_all(self) -> None:
-        for receiver in self._receivers():
+        for receiver in self._known():
             self.wake(receiver.id)
 
     def _sweep(self, conn: psycopg.Connection[Any], seen: dict[UUID, int]) -> None:

@@ -9,14 +9,25 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
+import pytest
+from django.db import connection
 from django.utils import timezone
 
 from consumers.changes import save
+from consumers.envelope import addressing
 from consumers.models import ApiToken, Consumer
-from consumers.store import lifecycle
+from consumers.store import claims, lifecycle
 from consumers.store.connection import store_connection
+from consumers.tokens import create_token
+from delivery.pull import calls
+from delivery.pull.directory import Receiver
+from delivery.pull.shortcut import Called
+from delivery.pull.waiting import WaitingRoom
 from tests.api.pull_world import Answer, Client, World, server, until, web_server, world  # noqa: F401  (fixtures)
+from tests.conftest import wait_until
+from tests.store.world import Log
 
 PROMPT_S = 1.0  # a notice takes milliseconds; the sweep, which finds lost ones, a second and a bit
 SWEPT_S = 4.0
@@ -149,6 +160,59 @@ def test_retrying_a_dead_letter_ends_it(world: World) -> None:
     [poll] = waiting(world, consumer)
     assert lifecycle.retry(consumer.pk, state="dead") == 1
     assert poll.result(PROMPT_S).keys == [1]
+
+
+def test_a_poll_that_goes_the_moment_it_is_woken_wakes_the_next() -> None:
+    """Its time is over, and it goes with nothing: what it was woken for is there for others, and no second notice comes."""
+    waiting_room = WaitingRoom()
+    waiting_room.listen = lambda: None  # type: ignore[method-assign]
+    to = addressing(consumer_id=uuid4(), consumer_name="c", source_id=uuid4(), source_name="s", database="d", stream="changes")
+    receiver = Receiver(uuid4(), "c", uuid4(), timezone.now(), (), 30_000, "", to)
+    first, second = waiting_room.enter(receiver), waiting_room.enter(receiver)
+    waiting_room.wake(receiver.id)
+    assert first.event.is_set() and not second.event.is_set()
+    waiting_room.leave(first, more=False)
+    assert second.event.is_set()
+
+
+def test_a_poll_hears_of_tables_that_were_added_while_it_waits(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sweep helps: it would be a second late."""
+    monkeypatch.setattr("delivery.pull.waiting.SWEEP_S", 1000)
+    monkeypatch.setattr("consumers.changes.publish_tables", lambda source, tables: None)
+    monkeypatch.setattr("consumers.changes.check_where", lambda consumer: [])
+    monkeypatch.setattr("consumers.changes.check_groups", lambda consumer: [])
+    consumer = Consumer.objects.get(pk=log.consumer(tables=["public.others"]))
+    _, secret = create_token("t", scope="pull")
+    looked: list[Any] = []
+    claim = claims.claim
+
+    def look(*given: Any, **named: Any) -> Any:
+        found = claim(*given, **named)
+        looked.append(found.version)
+        return found
+
+    monkeypatch.setattr(claims, "claim", look)
+    request = Called({"REQUEST_METHOD": "GET", "QUERY_STRING": "wait_for=20000", "HTTP_AUTHORIZATION": f"Bearer {secret}"})
+    answers: list[bytes] = []
+
+    def receive() -> None:
+        try:
+            answers.append(calls.receive(request, calls.admit(request), consumer.name))
+        finally:
+            connection.close()
+
+    polls = [threading.Thread(target=receive) for _ in range(2)]
+    for poll in polls:
+        poll.start()
+    wait_until(lambda: len(looked) >= 4, 10, "both to wait")
+    consumer.tables = ["public.others", "public.orders"]
+    save(consumer)
+    wait_until(lambda: looked.count(consumer.updated_at) > 0, 10, "one to look again")
+    for key in (1, 2):
+        log.append(log.row(key))
+        log.appender.notify()
+        wait_until(lambda: len([poll for poll in polls if not poll.is_alive()]) >= key, 10, "a poll to end")
+    assert sorted(b'"id":%d,' % key in answer for key in (1, 2) for answer in answers) == [False, False, True, True]
 
 
 def test_many_polls_of_one_message_each_share_a_burst(world: World) -> None:

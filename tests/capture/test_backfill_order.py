@@ -207,6 +207,31 @@ def test_columns_added_and_types_changed_while_rows_wait(scene: Callable[..., Sc
     assert [("more" in row.record) for row in reads()] == [False] * 19 + [True] * 20
 
 
+@pytest.mark.parametrize(
+    ("table", "alter"),
+    [
+        (MAKE, "ALTER TABLE t ALTER id TYPE numeric(10, 2)"),
+        (MAKE, "ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (id, v)"),
+        (MAKE.replace(" PRIMARY KEY", "") + "; ALTER TABLE t REPLICA IDENTITY FULL", "ALTER TABLE t ADD PRIMARY KEY (id)"),
+        (MAKE.replace(" PRIMARY KEY", "") + "; ALTER TABLE t REPLICA IDENTITY FULL", "ALTER TABLE t ADD more int"),
+        (MAKE, "ALTER TABLE t REPLICA IDENTITY FULL; ALTER TABLE t DROP CONSTRAINT t_pkey"),
+    ],
+    ids=["type of the key", "another key", "a key at last", "no key and a new column", "no key any more"],
+)
+def test_what_tells_rows_apart_changes_while_they_wait(scene: Callable[..., Scene], table: str, alter: str) -> None:
+    on = scene(table)
+    backfill = on.stage()
+    on.database.execute(alter)
+    on.database.execute("UPDATE t SET n = 1000 WHERE id = 3; DELETE FROM t WHERE id = 4")
+    on.catch_up()
+    on.finish(backfill)
+    last: dict[float, int] = {}
+    for action, _, record, _ in delivered(on.consumer):
+        row = json.loads(record)
+        last[float(row["id"])] = 0 if action == "D" else row["n"]
+    assert last == {float(number): {3: 1000, 4: 0}.get(number, number) for number in range(1, ROWS + 1)}
+
+
 def test_a_table_rewritten_while_a_page_is_read_is_read_again(scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the snapshot and the reading: to the snapshot the table looks empty, as if all had been read."""
     from capture.pages import SourcePages

@@ -14,6 +14,7 @@ from django.db import connection
 
 from capture import surroundings
 from capture.reading import Reading
+from capture.stream import StreamEnded
 from consumers import changes
 from consumers.models import Consumer, Source
 from consumers.health import sources
@@ -27,6 +28,10 @@ from tests.conftest import SourceDatabase, wait_until
 from tests.faults.rig import Proxy
 
 pytestmark = pytest.mark.django_db(transaction=True)
+
+
+class StopHere(Exception):
+    """A reader's process dies."""
 
 
 @pytest.fixture
@@ -155,6 +160,99 @@ def test_an_older_transaction_that_stays_open_is_named_and_the_table_not_publish
         older.rollback()
     assert source_database.execute("SELECT count(*) FROM pg_publication_tables") == [(0,)]
     changes.save(Consumer(name="c", source=source, kind="pull", tables=["public.t"]))
+
+
+def test_a_table_that_somebody_publishes_by_hand_is_published_when_the_older_writers_have_ended(
+    source_database: SourceDatabase, make_source: Any, monkeypatch: Any
+) -> None:
+    """What we ask for where the publication is not ours; or it was us, and the process died at once."""
+    monkeypatch.setattr("consumers.publishing.WRITERS_WITHIN_S", 0.3)
+    source_database.execute("CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE u (id int PRIMARY KEY)")
+    source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE u")
+    source = make_source()
+    with source_database.connect(autocommit=False) as older, source_database.connect(autocommit=False) as younger:
+        older.execute("INSERT INTO t VALUES (1)")
+        source_database.execute("ALTER PUBLICATION sequin_pub ADD TABLE t")
+        younger.execute("INSERT INTO t VALUES (2)")
+        for tables in (["public.t"], ["public.*"]):
+            with pytest.raises(ValidationError, match=rf"has been open all the time \(process {older.info.backend_pid}, open for [^;]*$"):
+                changes.save(Consumer(name="c", source=source, kind="pull", tables=tables))
+        older.rollback()
+        changes.save(Consumer(name="c", source=source, kind="pull", tables=["public.t"]))
+    read_until(source, lambda: logged())
+    assert source_database.execute("SELECT count(*) FROM pg_publication_tables") == [(2,)]
+    assert [row.record["id"] for row in logged()] == [2]
+
+
+@pytest.mark.parametrize("stored", [3, 5], ids=["half of it", "all but its commit"])
+def test_a_transaction_stored_in_part_is_completed_under_the_publication_it_began_with(
+    source_database: SourceDatabase, make_source: Any, monkeypatch: Any, stored: int
+) -> None:
+    """How much of it is stored is counted in what that publication sends; the source is edited meanwhile."""
+    monkeypatch.setattr("capture.reader.BATCH_ROWS", stored)
+    source_database.execute("CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE u (id int PRIMARY KEY)")
+    source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE t; CREATE PUBLICATION another FOR TABLE t, u")
+    source = make_source()
+    read_until(source, lambda: True)
+    with source_database.connect(autocommit=False) as writer:
+        for number in range(5):
+            writer.execute(f"INSERT INTO u VALUES ({number}); INSERT INTO t VALUES ({number})")
+    source_database.execute("INSERT INTO u VALUES (100)")
+    append = Appender.append
+
+    def stored_in_part(self: Appender, *given: Any) -> Any:
+        done = append(self, *given)
+        if given[0]:
+            raise StopHere
+        return done
+
+    with monkeypatch.context() as patch, pytest.raises(StopHere):
+        patch.setattr(Appender, "append", stored_in_part)
+        read_until(source, lambda: False)
+    assert len(logged()) == stored
+    source.publication_name = "another"
+    changes.save(source)
+    with pytest.raises(StreamEnded, match="complete"):
+        read_until(source, lambda: len(logged()) > 5)
+    read_until(source, lambda: len(logged()) > 5)
+    assert [(row.table, row.record["id"]) for row in logged()] == [*(("public.t", number) for number in range(5)), ("public.u", 100)]
+    assert gap(source) is None
+
+
+def test_two_consumers_that_name_a_table_for_the_first_time_at_once(
+    source_database: SourceDatabase, make_source: Any, monkeypatch: Any
+) -> None:
+    """The first one is refused in the end, and its table unpublished again: the second must not have relied on it."""
+    monkeypatch.setattr("consumers.publishing.WRITERS_WITHIN_S", 2.0)
+    source_database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    source = make_source()
+    ended: dict[str, str] = {}
+
+    def make_consumer(name: str) -> None:
+        try:
+            changes.save(Consumer(name=name, source=source, kind="pull", tables=["public.t"]))
+            ended[name] = "made"
+        except ValidationError as error:
+            ended[name] = str(error)
+        finally:
+            connection.close()
+
+    def published() -> bool:
+        return source_database.execute("SELECT count(*) FROM pg_publication_tables") == [(1,)]
+
+    first, second = (threading.Thread(target=make_consumer, args=[name]) for name in ("first", "second"))
+    with source_database.connect(autocommit=False) as older:
+        older.execute("INSERT INTO t VALUES (1)")
+        first.start()
+        wait_until(published, 10, "the table to be published")
+        second.start()
+        wait_until(lambda: ended or source_database.execute(
+            "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND query LIKE %s", ["%pg_try_advisory_lock%"]
+        ), 10, "the second to come")  # fmt: skip
+        first.join(10)
+        older.commit()
+    second.join(10)
+    assert published() == (ended["second"] == "made"), ended
 
 
 @pytest.fixture

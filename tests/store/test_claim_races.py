@@ -16,9 +16,10 @@ from uuid import UUID
 import psycopg
 import pytest
 from django.core.exceptions import ValidationError
-from django.db import connection, transaction
+from django.db import DatabaseError, connection, transaction
 
 from consumers import changes
+from consumers.backfill_rules import Beginning
 from consumers.models import Consumer
 from consumers.store import claims, hot, lifecycle
 from consumers.store.connection import store_connection
@@ -268,6 +269,93 @@ def test_a_tables_first_message_comes_while_a_claim_is_under_way(log: Log, acked
         log.append(log.row(3))
     claiming.join(10)
     assert [message.key for message in claimed[0].messages] == ['["3"]']
+
+
+@pytest.mark.parametrize("edit", [{"actions": ["insert", "delete"]}, {"tables": []}], ids=lambda edit: str(*edit))
+def test_what_comes_after_an_edit_is_taken_by_it_although_a_claim_is_under_way(log: Log, edit: dict[str, Any]) -> None:  # noqa: F811
+    """The claim has read its configuration, and waits for what is out, when somebody asks for more."""
+    consumer = log.consumer(tables=["public.others"], actions=["insert"], max_ack_pending=3)
+    orders = log.relation
+    log.relation = log.appender.register_relation(1, SHAPE._replace(table="others"))
+    log.append(log.row(1), log.row(2))
+    claims.claim(consumer, 2, lease_ms=60_000)
+    claimed: list[Any] = []
+    edited = Consumer.objects.get(pk=consumer)
+    for name, value in edit.items():
+        setattr(edited, name, value)
+
+    def claim() -> None:
+        try:
+            claimed.append(claims.claim(consumer, 2, lease_ms=60_000))
+        finally:
+            connection.close()
+
+    def save() -> None:
+        try:
+            changes.save(edited)
+        finally:
+            connection.close()
+        if "tables" in edit:
+            log.relation = orders
+        log.append(log.row(3, action=b"D" if "actions" in edit else b"I"))
+
+    claiming, saving = threading.Thread(target=claim), threading.Thread(target=save)
+    with store_connection(autocommit=False) as conn:
+        conn.execute("SELECT FROM leases WHERE consumer = %s FOR UPDATE", [consumer])
+        claiming.start()
+        wait_until(lambda: waits_for_lock("%sequin_claim%"), 10, "the claim to wait")
+        saving.start()
+        wait_until(lambda: not saving.is_alive() or waits_for_lock("%pg_advisory_xact_lock%"), 10, "the edit")
+    claiming.join(10)
+    saving.join(10)
+    got = [*claimed[0].messages, *claims.claim(consumer, 2, lease_ms=60_000).messages]
+    assert [message.key for message in got] == ['["3"]']
+
+
+def test_an_edit_and_a_rewind_wait_for_each_other_in_one_order(log: Log) -> None:  # noqa: F811
+    consumer = log.consumer()
+    log.append(log.row(1))
+    claims.claim(consumer, 1, lease_ms=60_000)
+    failed: list[Exception] = []
+
+    def save() -> None:
+        try:
+            edited = Consumer.objects.get(pk=consumer)
+            edited.status = "disabled"
+            changes.save(edited)
+        except DatabaseError as error:
+            failed.append(error)
+        finally:
+            connection.close()
+
+    saving = threading.Thread(target=save)
+    with store_connection(autocommit=False) as conn:
+        conn.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [str(consumer)])
+        saving.start()
+        wait_until(lambda: waits_for_lock("%pg_advisory_xact_lock%"), 10, "the edit to wait")
+        assert conn.execute("SELECT moved FROM sequin_rewind(%s, 0, gen_random_uuid())", [consumer]).fetchall() == [(True,)]
+    saving.join(10)
+    assert not failed and Consumer.objects.get(pk=consumer).status == "disabled"
+
+
+@pytest.mark.parametrize("start_from", ["now", "beginning"])
+def test_a_consumer_that_is_made_while_its_source_fails_over(log: Log, monkeypatch: pytest.MonkeyPatch, start_from: str) -> None:  # noqa: F811
+    """The server that says where it is goes away, and capture follows to one that is not so far yet."""
+    log.append(log.row(1))
+
+    def follow(answer: Any) -> Any:
+        log.progress = log.progress._replace(epoch=2, timeline=2)
+        log.appender.begin_history(log.progress)
+        log.relation = log.appender.register_relation(2, SHAPE)
+        return answer
+
+    monkeypatch.setattr(changes, "source_position", lambda source: follow(1_000_000))
+    monkeypatch.setattr(changes, "look_at_beginning", lambda source: follow(Beginning(8, 8, (), False, 1_000_000)))
+    monkeypatch.setattr(changes, "tables_to_backfill", lambda source, tables: [])
+    consumer = Consumer(name="c", source=log.source, kind="pull", start_from=start_from)
+    changes.save(consumer)
+    log.append(log.row(2))
+    assert [message.key for message in claims.claim(consumer.pk, 10, lease_ms=60_000).messages] == ['["2"]']
 
 
 @pytest.mark.parametrize("fields", [{}, {"where": "id >= 0"}, {"stream": "rows"}, {"group_columns": ["n"]}], ids=lambda fields: " ".join(fields) or "plain")
