@@ -197,10 +197,10 @@ def _save_consumer(consumer: Consumer) -> None:
                 lifecycle.create_position(consumer.pk, consumer.source_id, _position(consumer.source))
         return
     with transaction.atomic():
-        if before.group_columns != consumer.group_columns:
-            out, parked = lifecycle.held(consumer.pk)
-            if out + parked:  # a claim was faster than this edit
-                raise ValidationError({"group_columns": groups_in_use(out, parked)})
+        # A claim that goes by what was before would pass over what is this consumer's from now on: it has ended when this is saved.
+        out, parked = lifecycle.held(consumer.pk)
+        if before.group_columns != consumer.group_columns and out + parked:  # a claim was faster than this edit
+            raise ValidationError({"group_columns": groups_in_use(out, parked)})
         if before.status != consumer.status:
             consumer.status_reason = ""
         dropped = lifecycle.backlog(consumer.pk).undelivered if consumer.status == "disabled" != before.status else None

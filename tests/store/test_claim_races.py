@@ -25,7 +25,7 @@ from consumers.store.connection import store_connection
 from consumers.store.shapes import register_relation
 from consumers.store.types import Failure
 from tests.conftest import wait_until
-from tests.store.world import SHAPE, Log, fetch, parked_count, unsent, waits_for_lock  # noqa: F401
+from tests.store.world import SHAPE, Log, fetch, keys, parked_count, unsent, waits_for_lock  # noqa: F401
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -268,6 +268,46 @@ def test_a_tables_first_message_comes_while_a_claim_is_under_way(log: Log, acked
         log.append(log.row(3))
     claiming.join(10)
     assert [message.key for message in claimed[0].messages] == ['["3"]']
+
+
+@pytest.mark.parametrize("edit", [{"tables": ["public.orders", "public.others"]}, {"actions": ["insert", "update"]}], ids=lambda edit: str(*edit))
+def test_what_comes_after_an_edit_is_not_taken_by_a_claim_that_goes_by_what_was_before(log: Log, edit: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """The claim has read its configuration, and waits for what is out, when the consumer gets what it did not get before."""
+    monkeypatch.setattr(changes, "_publish", lambda consumer: None)
+    monkeypatch.setattr(changes, "check_groups", lambda consumer: [])
+    monkeypatch.setattr(changes, "check_where", lambda consumer: [])
+    consumer = log.consumer(tables=["public.orders"], actions=["insert"], max_ack_pending=3)
+    others = log.appender.register_relation(1, SHAPE._replace(table="others", oid=SHAPE.oid + 1))
+    log.append(log.row(1), log.row(2))
+    claims.claim(consumer, 2, lease_ms=60_000)
+    claimed: list[Any] = []
+
+    def claim() -> None:
+        try:
+            claimed.append(claims.claim(consumer, 2, lease_ms=60_000))
+        finally:
+            connection.close()
+
+    def save() -> None:
+        edited = Consumer.objects.get(pk=consumer)
+        for name, value in edit.items():
+            setattr(edited, name, value)
+        try:
+            changes.save(edited)
+            log.append(log.row(3, action=b"U") if "actions" in edit else log.row(3)._replace(relation=others))
+        finally:
+            connection.close()
+
+    claiming, saving = threading.Thread(target=claim), threading.Thread(target=save)
+    with store_connection(autocommit=False) as conn:
+        conn.execute("SELECT FROM leases WHERE consumer = %s FOR UPDATE", [consumer])
+        claiming.start()
+        wait_until(lambda: waits_for_lock("%sequin_claim%"), 10, "the claim to wait")
+        saving.start()
+        wait_until(lambda: not saving.is_alive() or waits_for_lock("%pg_advisory_xact_lock%"), 10, "the edit to be saved, or to wait")
+    claiming.join(10)
+    saving.join(10)
+    assert [key for found in (claimed[0], claims.claim(consumer, 2, lease_ms=60_000)) for key in keys(found)] == ['["3"]']
 
 
 @pytest.mark.parametrize("fields", [{}, {"where": "id >= 0"}, {"stream": "rows"}, {"group_columns": ["n"]}], ids=lambda fields: " ".join(fields) or "plain")
