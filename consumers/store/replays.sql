@@ -170,7 +170,8 @@ begin
        set version = v_pos.version + 1, position = p_to, out_count = 0, acked_count = p.acked_count + p.out_count - v_out,
            parked_count = p.parked_count + v_returned - v_parked,
            dead_count = p.dead_count - v_dead, start_id = least(p.start_id, p_to),
-           start_lsn = case when v_first.epoch = p.start_epoch then least(p.start_lsn, v_first.commit_lsn) else p.start_lsn end,
+           start_lsn = case when v_first.epoch < p.start_epoch then 0  -- LSNs compare within a history only
+                            when v_first.epoch = p.start_epoch then least(p.start_lsn, v_first.commit_lsn) else p.start_lsn end,
            replay = p_replay,
            -- A rewind that is not worked off yet is taken in.
            replay_from = case when p.position < p.replay_to then least(p.replay_from, p_to) else p_to end,

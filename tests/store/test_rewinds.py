@@ -8,6 +8,7 @@ from uuid import UUID
 import pytest
 from django.db import connection
 
+from consumers.models import Consumer
 from consumers.envelope import addressing, render
 from consumers.store import claims, lifecycle, rewinds
 from consumers.store.connection import store_connection
@@ -234,3 +235,17 @@ def test_a_rewind_is_refused_while_its_partition_goes(log: Log) -> None:
             wait_until(lambda: waits_for_lock("%sequin_rewind%"))
         thread.join(20)
     assert refused and lifecycle.waiting(consumer) == 0
+
+
+def test_a_point_in_an_earlier_history_brings_all_of_the_later_one_too(log: Log) -> None:
+    """The consumer began in the middle of the second history."""
+    append(log, 1)
+    log.progress = log.progress._replace(epoch=2, system_identifier="2")
+    log.appender.begin_history(log.progress)
+    append(log, 2)
+    consumer = Consumer.objects.create(name="c", source=log.source, kind="pull")
+    lifecycle.create_position(consumer.pk, log.source.pk, log.lsn + 1)
+    append(log, 3)
+    claims.ack(consumer.pk, receipts(take(consumer.pk)))
+    rewind(log, consumer.pk, rewinds.beginning())
+    assert keys(take(consumer.pk)) == ['["1"]', '["2"]', '["3"]']
