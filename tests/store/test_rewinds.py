@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -178,6 +179,34 @@ def test_a_partition_that_was_dropped_is_out_of_reach(log: Log) -> None:
         rewind(log, consumer, old[0] - 1)
     rewind(log, consumer, rewinds.beginning())
     assert keys(take(consumer)) == ['["2"]']
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("by", ["time", "lsn"])
+def test_a_point_whose_partition_goes_while_it_is_looked_for_is_out_of_reach(log: Log, monkeypatch: pytest.MonkeyPatch, by: str, number: int) -> None:
+    """Whichever question the partition goes behind; the next message is there then, and would do for an answer."""
+    consumer, source = log.consumer(), log.source.pk
+    [old] = append(log, 1)
+    claims.ack(consumer, receipts(take(consumer)))
+    fetch("UPDATE consumers_source SET created_at = '1990-01-01Z' WHERE id = %s", source)
+    moment, lsn = fetch("SELECT committed_at, ('0/0'::pg_lsn + commit_lsn)::text FROM messages WHERE id = %s", old)[0]
+    ask, asked = rewinds._fetch, 0
+
+    def going(query: str, parameters: Any) -> list[tuple[Any, ...]]:
+        nonlocal asked
+        found, asked = ask(query, parameters), asked + 1
+        if asked == number:
+            with store_connection() as conn:
+                assert [*maintain(conn, AT_ONCE), *maintain(conn, AT_ONCE)]
+            new = append(log, 2)
+            fetch("UPDATE messages SET committed_at = committed_at + interval '1 h' WHERE id = %s", new[0])
+            claims.ack(consumer, receipts(take(consumer)))
+        return found
+
+    monkeypatch.setattr(rewinds, "_fetch", going)
+    with pytest.raises(OutOfReach):
+        rewind(log, consumer, rewinds.before_time(consumer, source, moment) if by == "time" else rewinds.before_lsn(consumer, source, lsn))
+    assert asked >= number
 
 
 def test_measured_partitions_are_searched_only_when_they_may_hold_the_point(log: Log) -> None:
