@@ -45,7 +45,7 @@ def consumers(*, only: UUID | None = None, now: datetime | None = None) -> list[
     forgotten = now - max(settings.SEQUIN_RETENTION / 2, FORGOTTEN_AT_LEAST)
     rows = _fetch(
         "SELECT c.name, c.status, c.status_reason, c.max_parked, p.parked_count, p.dead_count, h.first_id, h.last_error,"
-        " p.dropped_count, w.committed_at, CASE WHEN c.max_backlog_bytes IS NOT NULL OR w.committed_at < %(forgotten)s"
+        " p.dropped_count, w.committed_at, CASE WHEN c.max_backlog_bytes IS NOT NULL AND w.committed_at IS NOT NULL OR w.committed_at < %(forgotten)s"
         " THEN sequin_backlog_bytes(p.position) END, c.max_backlog_bytes,"
         " (SELECT count(*) FROM (SELECT FROM parked x WHERE x.consumer = c.id AND x.due_at = 'infinity' LIMIT 1000) held),"
         " c.kind, p.taken_at,"

@@ -21,7 +21,7 @@ from delivery.push import once
 
 log = logging.getLogger(__name__)
 
-ALERT_LOCK = 0x5E9_0004  # advisory
+ALERT_LOCK = 0x5E9_0006  # advisory
 CALM_S = 30  # so long must it not hold to be over
 RETRY_S, LONGEST_RETRY_S = 30, 1800
 GIVE_UP_AFTER = timedelta(days=1)

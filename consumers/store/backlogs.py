@@ -31,7 +31,8 @@ def enforce(conn: Connection) -> list[Full]:
     rows = conn.execute(
         "SELECT * FROM (SELECT c.id, c.name, p.source, c.on_full, c.max_backlog_bytes, sequin_backlog_bytes(p.position) AS held,"
         " p.position FROM consumers_consumer c JOIN consumer_position p ON p.consumer = c.id"
-        " WHERE c.max_backlog_bytes IS NOT NULL AND c.status <> 'disabled') x WHERE held > max_backlog_bytes"
+        " WHERE c.max_backlog_bytes IS NOT NULL AND c.status <> 'disabled' AND EXISTS (SELECT FROM messages m WHERE m.source = p.source"
+        " AND m.id > p.position)) x WHERE held > max_backlog_bytes"
     ).fetchall()
     full = [Full(*row) for row in rows]
     for one in full:
@@ -45,8 +46,9 @@ def enforce(conn: Connection) -> list[Full]:
 def _pause(conn: Connection, one: Full) -> None:
     reason = f"its backlog holds back {readable_bytes(one.held)} of the log, more than max_backlog_bytes: {readable_bytes(one.limit)}"
     done = conn.execute(
-        "UPDATE consumers_consumer SET status = 'paused', status_reason = %s, updated_at = now() WHERE id = %s AND status = 'active'",
-        [reason, one.consumer_id],
+        "UPDATE consumers_consumer SET status = 'paused', status_reason = %s, updated_at = now() WHERE id = %s AND status = 'active'"
+        " AND (on_full, max_backlog_bytes) = (%s, %s)",
+        [reason, one.consumer_id, one.on_full, one.limit],
     )
     if done.rowcount:
         conn.execute("SELECT pg_notify('sequin_config', '')")
@@ -65,9 +67,17 @@ def _drop_oldest(conn: Connection, one: Full) -> None:
         row = conn.execute("SELECT position FROM consumer_position WHERE consumer = %s FOR UPDATE", [one.consumer_id]).fetchone()
         if row is None or row[0] >= high:
             return
+        # An edit waits for that row too: what is saved by now counts, the next one comes afterwards.
+        if not conn.execute(
+            "SELECT 1 FROM consumers_consumer WHERE id = %s AND (on_full, max_backlog_bytes) = (%s, %s)", [one.consumer_id, one.on_full, one.limit]
+        ).fetchone():
+            return
         dropped = conn.execute(
-            "UPDATE consumer_position SET position = %(to)s, dropped_count = dropped_count + (SELECT count(*) FROM messages"
-            " WHERE source = %(source)s AND id > %(from)s AND id <= %(to)s) WHERE consumer = %(consumer)s RETURNING dropped_count",
+            # Ids up to the last one drawn may be those of messages on their way into the log: of a source they come in order.
+            "UPDATE consumer_position SET position = CASE WHEN EXISTS (SELECT FROM messages WHERE source = %(source)s AND id > %(to)s)"
+            " THEN %(to)s ELSE coalesce(d.last, position) END, dropped_count = dropped_count + d.n FROM (SELECT max(id) AS last,"
+            " count(*) AS n FROM messages WHERE source = %(source)s AND id > %(from)s AND id <= %(to)s) d WHERE consumer = %(consumer)s"
+            " RETURNING dropped_count",
             {"to": high, "from": row[0], "source": one.source_id, "consumer": one.consumer_id},
         ).fetchone()
     assert dropped is not None

@@ -5,6 +5,7 @@ message of the key that is still to be delivered arrives empty. Backups and the 
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from secrets import token_hex
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -13,7 +14,9 @@ import psycopg
 from psycopg import sql
 
 from consumers.store.connection import store_connection
+from consumers.store.partitions import SEQUENCE_LOCK
 
+KEPT = "kept_messages"
 ERASED = "erased"
 WAIT_FOR_LOCKS = "10s"
 
@@ -36,31 +39,48 @@ def count(source_id: UUID, table: str, key: str) -> Erased:
 
 def erase(source_id: UUID, table: str, key: str) -> Erased:
     """Overwrite every message of the key, and every update that changed it into another or from another."""
-    pseudonym = f'["erased-{token_hex(6)}"]'
+    given = {**_chosen(source_id, table, key), "new": f'["erased-{token_hex(6)}"]'}
     messages = attempts = parked = 0
     with store_connection(application_name="sequin erasure") as conn:
         conn.execute(f"SET lock_timeout = '{WAIT_FOR_LOCKS}'")
-        for name in _places(conn):
-            with conn.transaction():
-                given = {**_chosen(source_id, table, key), "new": pseudonym}
-                ids = [row[0] for row in conn.execute(_overwrite(name), given).fetchall()]
-                attempts += conn.execute(
-                    "UPDATE attempts SET response = NULL, headers = NULL, error = CASE WHEN error IS NOT NULL THEN %s END"
-                    " WHERE source = %s AND message_id = ANY (%s::bigint[])", [ERASED, source_id, ids],
-                ).rowcount  # fmt: skip
-                parked += conn.execute(
-                    "UPDATE parked SET last_error = CASE WHEN last_error IS NOT NULL THEN %s END WHERE source = %s AND ids && %s::bigint[]",
-                    [ERASED, source_id, ids],
-                ).rowcount
-            if ids:
-                conn.execute(sql.SQL("VACUUM {}").format(sql.Identifier(name)))  # the old rows go from the file too
-            messages += len(ids)
+        for name in _one_after_another(conn):
+            try:
+                with conn.transaction():
+                    if name == KEPT:
+                        conn.execute("SELECT FROM log_floor FOR SHARE")  # the copies of a partition that goes are here by then
+                    ids = [row[0] for row in conn.execute(_overwrite(name), given).fetchall()]
+                    attempts += conn.execute(
+                        "UPDATE attempts SET response = NULL, headers = NULL, error = CASE WHEN error IS NOT NULL THEN %s END"
+                        " WHERE source = %s AND message_id = ANY (%s::bigint[])", [ERASED, source_id, ids],
+                    ).rowcount  # fmt: skip
+                    parked += conn.execute(
+                        "UPDATE parked SET last_error = CASE WHEN last_error IS NOT NULL THEN %s END WHERE source = %s AND ids && %s::bigint[]",
+                        [ERASED, source_id, ids],
+                    ).rowcount
+                messages += len(ids)
+                if ids:
+                    conn.execute(sql.SQL("VACUUM {}").format(sql.Identifier(name)))  # the old rows go from the file too
+            except psycopg.errors.UndefinedTable:
+                continue  # the partition has gone
     return Erased(messages, attempts, parked)
 
 
-def _places(conn: psycopg.Connection[Any]) -> list[str]:
-    rows = conn.execute("SELECT name FROM log_partition WHERE to_regclass(name) IS NOT NULL ORDER BY from_id").fetchall()
-    return [*(row[0] for row in rows), "kept_messages"]
+def _one_after_another(conn: psycopg.Connection[Any]) -> Iterator[str]:
+    """The places, and once more where copies may have come to meanwhile: a republish may have read what was not overwritten yet."""
+    row = conn.execute("SELECT last_value FROM messages_id").fetchone()
+    assert row is not None
+    yield from _places(conn)[:-1]
+    with conn.transaction():
+        conn.execute("SELECT pg_advisory_xact_lock(%s)", [SEQUENCE_LOCK])  # those that were under way have ended
+    yield from _places(conn, row[0])
+
+
+def _places(conn: psycopg.Connection[Any], last: int = -1) -> list[str]:
+    """`last`: only where larger ids may be."""
+    rows = conn.execute(
+        "SELECT name FROM log_partition WHERE to_regclass(name) IS NOT NULL AND to_id > %s ORDER BY from_id", [last]
+    ).fetchall()
+    return [*(row[0] for row in rows), KEPT]
 
 
 def _chosen(source_id: UUID, table: str, key: str) -> dict[str, Any]:

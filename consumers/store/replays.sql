@@ -73,9 +73,9 @@ set enable_seqscan = off set enable_indexscan = off set enable_indexonlyscan = o
 $$;
 
 -- How many messages beyond its position are for a consumer, when there are fewer than p_limit; else about how many: as many
--- as among the first p_limit that were looked at. And when the first of them was committed.
+-- as among the first p_limit that were looked at. And when the first of them was committed. Not declared stable: see sequin_seen.
 create function sequin_estimate(p_consumer uuid, p_limit integer, out messages bigint, out first_committed_at timestamptz)
-language plpgsql stable set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
+language plpgsql set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
 declare
     v_pos       consumer_position;
     v_actions   text[];
@@ -170,7 +170,8 @@ begin
        set version = v_pos.version + 1, position = p_to, out_count = 0, acked_count = p.acked_count + p.out_count - v_out,
            parked_count = p.parked_count + v_returned - v_parked,
            dead_count = p.dead_count - v_dead, start_id = least(p.start_id, p_to),
-           start_lsn = case when v_first.epoch = p.start_epoch then least(p.start_lsn, v_first.commit_lsn) else p.start_lsn end,
+           start_lsn = case when v_first.epoch < p.start_epoch then 0  -- LSNs compare within a history only
+                            when v_first.epoch = p.start_epoch then least(p.start_lsn, v_first.commit_lsn) else p.start_lsn end,
            replay = p_replay,
            -- A rewind that is not worked off yet is taken in.
            replay_from = case when p.position < p.replay_to then least(p.replay_from, p_to) else p_to end,
@@ -257,9 +258,11 @@ create unlogged table backfill_chunks (
 );
 alter table backfill_chunks alter column keys set storage external, alter column records set storage external;
 
--- The last message that every snapshot from this one on sees, as far as the log went when p_last_id was its end.
+-- The last message that every snapshot from this one on sees, as far as the log went when p_last_id was its end. Not declared
+-- stable, as nothing is that comes upon a hot table first: it would read by its caller's snapshot, which may be older than what is
+-- in a table that was emptied and filled again meanwhile (hot.py), and find it empty.
 create function sequin_seen(p_source uuid, p_last_id bigint, p_xmin bigint, p_xmax bigint, p_xip bigint[], p_standby boolean)
-returns bigint language sql stable set jit = off as $$
+returns bigint language sql set jit = off as $$
     select coalesce((select min(m.id) - 1 from messages m
                      where m.source = p_source and m.consumer is null and m.id <= p_last_id and m.xid >= p_xmin
                        and (p_standby or m.xid >= p_xmax or m.xid = any (p_xip))
@@ -276,10 +279,10 @@ $$;
 
 -- Look for changes that a chunk's snapshot does not see in the log after p_from, up to p_to: rows with such a change are
 -- overtaken by it, if the consumer gets it. `again`: the rows have to be read again under a newer snapshot. `first_unseen`:
--- the first such change of any table.
+-- the first such change of any table. Not declared stable: see sequin_seen.
 create function sequin_overtaken(p_backfill backfills, p_chunk backfill_chunks, p_from bigint, p_to bigint,
                                  out gone integer[], out again text, out first_unseen bigint)
-language plpgsql stable set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
+language plpgsql set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
 set plan_cache_mode = force_generic_plan as $$
 declare
     v_pos     consumer_position;

@@ -59,6 +59,8 @@ def before_row(consumer_id: UUID, source_id: UUID, table: str, key: Sequence[str
 
 def before_time(consumer_id: UUID, source_id: UUID, moment: datetime) -> int:
     """The position in front of the first message committed at `moment` or later. Raises OutOfReach."""
+    # Searched first: what goes with its partition meanwhile is known to be lost before it cannot be found any more.
+    position = _before(source_id, _value("SELECT sequin_find(%s, %s, %s, NULL, NULL)", [source_id, consumer_id, moment]))
     lost = _value("SELECT max(committed_at) FROM log_lost WHERE source = %s", [source_id])
     begun = _value(
         "SELECT least(s.created_at, (SELECT min(begun_at) FROM source_epoch WHERE source = s.id)) FROM consumers_source s WHERE s.id = %s",
@@ -68,7 +70,7 @@ def before_time(consumer_id: UUID, source_id: UUID, moment: datetime) -> int:
     before_all = begun is not None and begun > moment and (first is None or first.committed_at > moment)
     if before_all or (lost is not None and lost >= moment):
         raise OutOfReach(f"the log does not reach back to {moment.isoformat()}", first)
-    return _before(source_id, _value("SELECT sequin_find(%s, %s, %s, NULL, NULL)", [source_id, consumer_id, moment]))
+    return position
 
 
 def before_lsn(consumer_id: UUID, source_id: UUID, lsn: str) -> int:
@@ -76,16 +78,15 @@ def before_lsn(consumer_id: UUID, source_id: UUID, lsn: str) -> int:
     epoch = _value(
         "SELECT max(epoch) FROM source_epoch WHERE source = %s AND begun_lsn <= %s::pg_lsn - '0/0'", [source_id, lsn]
     )
+    found = _value("SELECT sequin_find(%s, %s, NULL, %s, (%s::pg_lsn - '0/0')::bigint)", [source_id, consumer_id, epoch, lsn])
+    position = _before(source_id, found)
     lost = epoch is not None and _value(
         "SELECT count(*) FROM log_lost WHERE source = %s AND (epoch > %s OR epoch = %s AND commit_lsn >= %s::pg_lsn - '0/0')",
         [source_id, epoch, epoch, lsn],
     )
     if epoch is None or lost:
         raise OutOfReach(f"the log does not reach back to {lsn}", oldest(source_id))
-    found = _value(
-        "SELECT sequin_find(%s, %s, NULL, %s, (%s::pg_lsn - '0/0')::bigint)", [source_id, consumer_id, epoch, lsn]
-    )
-    return _before(source_id, found)
+    return position
 
 
 def beginning() -> int:

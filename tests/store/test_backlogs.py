@@ -10,7 +10,8 @@ from django.db import connection
 from django.test import Client
 
 from consumers.models import Consumer
-from consumers.store import claims
+from consumers import changes
+from consumers.store import backlogs, claims
 from consumers.store.backlogs import enforce
 from consumers.store.connection import store_connection
 from consumers.store.models import ConsumerPosition
@@ -80,6 +81,56 @@ def test_drop_oldest_drops_no_more_than_it_must_and_counts(log: Log, client: Cli
     assert enforce_now() == []
     assert "were dropped" in health(client, consumer.name)[1][0]
     assert ConsumerPosition.objects.get(consumer=other.pk).position < position.position
+
+
+@pytest.mark.parametrize("on_full", ["pause", "drop_oldest"])
+@pytest.mark.parametrize("edit", [{"on_full": "hold"}, {"max_backlog_bytes": 100_000_000}], ids=lambda edit: str(*edit))
+def test_what_is_done_with_a_full_one_is_what_it_says_then(log: Log, monkeypatch: pytest.MonkeyPatch, on_full: str, edit: dict[str, Any]) -> None:
+    """The consumer is edited when it has been found to be full, and nothing has been done about it yet."""
+    consumer = make_consumer(log.source, max_backlog_bytes=1_000_000, on_full=on_full)
+    fill(log)
+    before = ConsumerPosition.objects.get(consumer=consumer.pk).position
+
+    def measured(held: int) -> str:
+        if not saved:
+            saved.append(changes.save(edited))
+        return str(held)
+
+    def last_id(conn: Any) -> int:
+        measured(0)
+        return found(conn)
+
+    saved: list[None] = []
+    found = backlogs._last_id
+    edited = Consumer.objects.get(pk=consumer.pk)
+    for name, value in edit.items():
+        setattr(edited, name, value)
+    monkeypatch.setattr(backlogs, "readable_bytes", measured)
+    monkeypatch.setattr(backlogs, "_last_id", last_id)
+    assert len(enforce_now()) == 1 and saved
+    assert Consumer.objects.get(pk=consumer.pk).status == "active"
+    assert ConsumerPosition.objects.get(consumer=consumer.pk).position == before
+
+
+def test_what_is_on_its_way_into_the_log_is_not_dropped(log: Log) -> None:
+    consumer = make_consumer(log.source, max_backlog_bytes=1_000_000, on_full="drop_oldest")
+    log.append([1])
+    Consumer.objects.filter(pk=consumer.pk).update(max_backlog_bytes=1)
+    with store_connection(autocommit=False) as conn:
+        conn.execute(
+            "INSERT INTO messages (source, relation, table_oid, action, key, xid, commit_lsn, commit_idx, committed_at, epoch, record, old_values_known)"
+            " SELECT source, relation, table_oid, action, '[\"2\"]', xid, commit_lsn, 1, committed_at, epoch, record, old_values_known FROM messages"
+        )
+        enforce_now()
+    assert [message.key for message in claims.claim(consumer.pk, 10, lease_ms=1000).messages] == ['["2"]']
+
+
+def test_the_log_of_another_source_is_nobodys_backlog(log: Log, client: Client) -> None:
+    quiet = Log(make_source("quiet"))
+    consumer = make_consumer(quiet.source, max_backlog_bytes=1_000_000, on_full="pause")
+    fill(log)
+    assert enforce_now() == [] and health(client, consumer.name)[0] == "ok"
+    quiet.close()
 
 
 def test_a_limit_too_small_is_refused(log: Log) -> None:

@@ -17,6 +17,7 @@ import psycopg
 import pytest
 from django.core.exceptions import ValidationError
 from django.db import DatabaseError, connection, transaction
+from django.utils import timezone
 
 from consumers import changes
 from consumers.backfill_rules import Beginning
@@ -380,6 +381,30 @@ def test_a_table_that_is_altered_all_the_time_loses_nothing(log: Log, fields: di
     finally:
         threads.finish()
     assert sorted(got) == [row[0] for row in fetch("SELECT id FROM messages ORDER BY id")]
+
+
+def test_what_a_filter_could_not_judge_is_due_when_that_was_mended_meanwhile(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """It was handed out and judged by the filter of before, is parked until that is mended, and it has just been mended."""
+    monkeypatch.setattr(changes, "check_where", lambda consumer: [])
+    consumer = log.consumer(where="id >= 0")
+    log.append(log.row(1), log.row(1))
+    first = claims.claim(consumer, 1, lease_ms=60_000)
+    assert not claims.claim(consumer, 1, lease_ms=60_000).messages, "the second is parked behind it"
+    Consumer.objects.filter(pk=consumer).update(where="nowhere > 1", updated_at=timezone.now())
+    claims.ack(consumer, [(first.token, message.id) for message in first.messages])
+    mended: list[Any] = []
+    fail = claims.fail
+
+    def after_an_edit(*given: Any) -> Any:
+        if not mended:
+            edited = Consumer.objects.get(pk=consumer)
+            edited.where = "id >= 0"
+            mended.append(changes.save(edited))
+        return fail(*given)
+
+    monkeypatch.setattr(claims, "fail", after_an_edit)
+    came = [message.key for _ in range(2) for message in claims.claim(consumer, 1, lease_ms=60_000).messages]
+    assert mended and came == ['["1"]']
 
 
 def test_shapes_become_known_in_the_order_of_their_ids(log: Log) -> None:  # noqa: F811

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from consumers.models import Consumer
-from consumers.store import claims, counters, lifecycle
+from consumers.store import claims, counters, hot, lifecycle, partitions
+from consumers.store.connection import store_connection
 from consumers.store.types import Failure
+from delivery import alerting
 from tests.store.world import Log, fetch, receipts, take
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -35,6 +37,12 @@ def test_each_message_is_counted_once_however_often_one_looks(log: Log) -> None:
     assert rates[consumer].delivered > 0 and rates[log.source.pk].captured > 0
     # A day in steps of ten minutes tells the same.
     assert sum(b.delivered for b in counters.series(consumer, minutes=1440, step=10)) == 2
+
+
+def test_counting_and_alerts_wait_for_no_housekeeping(log: Log) -> None:
+    with store_connection() as conn:
+        conn.execute("SELECT pg_advisory_lock(%s), pg_advisory_lock(%s)", [partitions.MAINTENANCE_LOCK, hot.REWRITE_LOCK])
+        assert counters.count() and alerting.judge()
 
 
 def test_what_waits_and_how_old_it_is(log: Log) -> None:

@@ -1,17 +1,20 @@
 """Old snapshots keep vacuum from cleaning; the hot tables stay small all the same, and hold what they held."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from django.db import connection
 
-from consumers.store import claims, hot
+from consumers.store import backfill_work, backfills, claims, hot
+from consumers.store.backfill_work import BackfillWork, Chunk, Job, Snapshot
 from consumers.store.connection import store_connection
 from tests.conftest import wait_until
-from tests.store.world import Log, fetch, keys, receipts, take  # noqa: F401
+from tests.store.world import OID, Log, fetch, keys, receipts, take, waits_for_lock  # noqa: F401
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -93,3 +96,68 @@ def test_what_somebody_holds_is_left_alone_for_a_while(log: Log, store: Any) -> 
         old.execute("SELECT count(*) FROM messages")
         use(log, consumer, 400)
         wait_until(lambda: "leases" in look_at_once(), 20, "the rewriting")
+
+
+# What reads one of these tables through a function has the snapshot of its caller, which may be older than what is in the table.
+
+SNAPSHOT = Snapshot(7, 7, (), None)  # sees nothing of what `Log.row` makes
+
+
+def while_rewritten(table: str, statement: str, run: Callable[[], Any]) -> Any:
+    """What `run` answers when its `statement` comes to the table while that is emptied and filled again."""
+    answers: list[Any] = []
+
+    def answer() -> None:
+        try:
+            answers.append(run())
+        finally:
+            connection.close()
+
+    asking = threading.Thread(target=answer)
+    with store_connection(autocommit=False) as conn:
+        conn.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
+        asking.start()
+        wait_until(lambda: waits_for_lock(f"%{statement}%"), 10, "the statement to wait")
+        assert hot.rewrite(conn, {table: 0}) == [table]
+    asking.join(10)
+    return answers[0]
+
+
+@pytest.fixture
+def backfilling(log: Log, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[UUID, BackfillWork, Job]]:  # noqa: F811
+    monkeypatch.setattr(hot, "DEAD_SHARE", 0)
+    monkeypatch.setattr(backfill_work, "LOCK_MS", 10_000)
+    log.append(log.row(9))
+    consumer = log.consumer()
+    backfills.begin(uuid4(), consumer_id=consumer, source_id=log.source.pk, table="public.orders")
+    with BackfillWork(uuid4()) as work:
+        job = work.take_turn()
+        assert job is not None and work.begin_from(job, work.last_id(job))
+        yield consumer, work, job
+
+
+def test_a_backfill_finds_what_overtook_its_rows_while_a_table_is_rewritten(log: Log, backfilling: Any) -> None:  # noqa: F811
+    consumer, work, job = backfilling
+    high = log.progress.reached_lsn
+    chunk = Chunk(
+        1, 1, SNAPSHOT, high, log.relation, OID, "2026-11-30 00:00:00+00", 0, None, True, [b'["1"]', b'["2"]'], [b'{"id":1}', b'{"id":2}'], None
+    )
+    log.append(log.row(1, old_key=1))
+    assert work.stage(job, chunk)
+    assert while_rewritten("consumer_position", "sequin_append_chunk", lambda: work.append(job)).outcome == "completed"
+    assert [(message.action, message.key) for message in take(consumer).messages] == [("update", '["1"]'), ("read", '["2"]')]
+
+
+def test_what_a_snapshot_sees_is_known_while_a_table_is_rewritten(log: Log, backfilling: Any) -> None:  # noqa: F811
+    _, work, job = backfilling
+    fetch("UPDATE messages SET xid = 6")
+    before = work.last_id(job)
+    log.append(log.row(1))
+    assert while_rewritten("capture_progress", "sequin_seen", lambda: work.seen(job, work.last_id(job), SNAPSHOT)) == before
+
+
+def test_what_waits_is_estimated_while_a_table_is_rewritten(log: Log, backfilling: Any) -> None:  # noqa: F811
+    consumer, _, _ = backfilling
+    log.append(log.row(1), log.row(2))
+    asked = "SELECT messages FROM sequin_estimate(%s, 1000)"
+    assert while_rewritten("consumer_position", "sequin_estimate", lambda: fetch(asked, consumer)) == [(2,)]

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import pytest
 from django.db import connection
 
+from consumers.models import Consumer
 from consumers.envelope import addressing, render
 from consumers.store import claims, lifecycle, rewinds
 from consumers.store.connection import store_connection
@@ -179,6 +181,34 @@ def test_a_partition_that_was_dropped_is_out_of_reach(log: Log) -> None:
     assert keys(take(consumer)) == ['["2"]']
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("by", ["time", "lsn"])
+def test_a_point_whose_partition_goes_while_it_is_looked_for_is_out_of_reach(log: Log, monkeypatch: pytest.MonkeyPatch, by: str, number: int) -> None:
+    """Whichever question the partition goes behind; the next message is there then, and would do for an answer."""
+    consumer, source = log.consumer(), log.source.pk
+    [old] = append(log, 1)
+    claims.ack(consumer, receipts(take(consumer)))
+    fetch("UPDATE consumers_source SET created_at = '1990-01-01Z' WHERE id = %s", source)
+    moment, lsn = fetch("SELECT committed_at, ('0/0'::pg_lsn + commit_lsn)::text FROM messages WHERE id = %s", old)[0]
+    ask, asked = rewinds._fetch, 0
+
+    def going(query: str, parameters: Any) -> list[tuple[Any, ...]]:
+        nonlocal asked
+        found, asked = ask(query, parameters), asked + 1
+        if asked == number:
+            with store_connection() as conn:
+                assert [*maintain(conn, AT_ONCE), *maintain(conn, AT_ONCE)]
+            new = append(log, 2)
+            fetch("UPDATE messages SET committed_at = committed_at + interval '1 h' WHERE id = %s", new[0])
+            claims.ack(consumer, receipts(take(consumer)))
+        return found
+
+    monkeypatch.setattr(rewinds, "_fetch", going)
+    with pytest.raises(OutOfReach):
+        rewind(log, consumer, rewinds.before_time(consumer, source, moment) if by == "time" else rewinds.before_lsn(consumer, source, lsn))
+    assert asked >= number
+
+
 def test_measured_partitions_are_searched_only_when_they_may_hold_the_point(log: Log) -> None:
     consumer, source = log.consumer(), log.source.pk
     paused = log.consumer(status="paused")
@@ -234,3 +264,17 @@ def test_a_rewind_is_refused_while_its_partition_goes(log: Log) -> None:
             wait_until(lambda: waits_for_lock("%sequin_rewind%"))
         thread.join(20)
     assert refused and lifecycle.waiting(consumer) == 0
+
+
+def test_a_point_in_an_earlier_history_brings_all_of_the_later_one_too(log: Log) -> None:
+    """The consumer began in the middle of the second history."""
+    append(log, 1)
+    log.progress = log.progress._replace(epoch=2, system_identifier="2")
+    log.appender.begin_history(log.progress)
+    append(log, 2)
+    consumer = Consumer.objects.create(name="c", source=log.source, kind="pull")
+    lifecycle.create_position(consumer.pk, log.source.pk, log.lsn + 1)
+    append(log, 3)
+    claims.ack(consumer.pk, receipts(take(consumer.pk)))
+    rewind(log, consumer.pk, rewinds.beginning())
+    assert keys(take(consumer.pk)) == ['["1"]', '["2"]', '["3"]']
