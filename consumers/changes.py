@@ -5,7 +5,7 @@ Everything that can fail is done before or inside the transaction that saves, so
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import psycopg
@@ -34,6 +34,9 @@ UNTOLD_FIELDS = ("id", "created_at", "updated_at", "status_reason", "slot_create
 REACHED_BY = ("host", "port", "database", "username", "password", "sslmode", "ssl_root_cert", "slot_name", "publication_name")
 
 
+Thing = TypeVar("Thing", Source, HttpEndpoint, Consumer)
+
+
 class InUse(Exception):
     """Refused because others depend on it. The text says who, and what to do."""
 
@@ -52,6 +55,7 @@ def save(thing: Source | HttpEndpoint | Consumer | Backfill, prepared: Prepared 
         _begin_backfill(thing)
     else:
         with transaction.atomic():
+            _current(thing)
             _record(thing)
             thing.save()
 
@@ -134,6 +138,7 @@ def recover(source: Source) -> None:
     except psycopg.Error as error:
         raise ValidationError({"host": reason_of(error, source)}) from None
     with transaction.atomic():
+        _current(source)
         audit.record("recover", source)
         source.save()  # its reader starts anew
 
@@ -164,6 +169,7 @@ def _save_source(source: Source, made: Prepared | None) -> None:
         source.slot_created = made.slot_created or kept_slot
         source.publication_created = made.publication_created or kept_publication
     with transaction.atomic():
+        _current(source)
         _record(source)
         source.save()
         if before is not None and before.slot_created and _slot_of(before) != _slot_of(source):
@@ -180,6 +186,8 @@ def _slot_of(source: Source) -> tuple[str, int, str, str]:
 
 def _save_consumer(consumer: Consumer) -> None:
     before = None if consumer._state.adding else Consumer.objects.filter(pk=consumer.pk).first()
+    if before is None and not consumer._state.adding:
+        raise _deleted(consumer)
     consumer.notices = []
     if before is None or (before.tables, before.where) != (consumer.tables, consumer.where):
         consumer.notices += check_where(consumer)
@@ -200,6 +208,7 @@ def _save_consumer(consumer: Consumer) -> None:
     with transaction.atomic():
         # One under way goes by the configuration of before, and would pass over what arrives for this one once it is saved.
         lifecycle.keep_claims_out(consumer.pk)
+        before = _current(consumer) or before
         if before.group_columns != consumer.group_columns:
             out, parked = lifecycle.held(consumer.pk)
             if out + parked:  # a claim was faster than this edit
@@ -218,6 +227,36 @@ def _save_consumer(consumer: Consumer) -> None:
         if (before.where, before.transform) != (consumer.where, consumer.transform):
             lifecycle.mended(consumer.pk)
         lifecycle.wake(consumer.pk)
+
+
+def _current(thing: Thing) -> Thing | None:
+    """Lock what is about to be saved, and return it as it is; None: it is new.
+
+    Somebody may have saved it since it was read here. A status that was set meanwhile stays, unless this edit sets one too: pumps pause
+    as well. Raises ValidationError for anything else, for the two were not judged together.
+    """
+    if thing._state.adding or thing.read_as is None:
+        return None
+    now = type(thing).objects.select_for_update(no_key=True).filter(pk=thing.pk).first()
+    if now is None:
+        raise _deleted(thing)
+    others = []
+    for field in thing._meta.concrete_fields:
+        name = field.attname
+        read, theirs = thing.read_as.get(name), getattr(now, name)
+        if theirs == read or name == "updated_at":
+            continue
+        if name not in ("status", "status_reason"):
+            others.append(field.name)
+        elif getattr(thing, name) == read:
+            setattr(thing, name, theirs)
+    if others:
+        raise ValidationError(f"somebody else has changed {', '.join(others)} of {thing.name} at this moment, and nothing was saved: look at it, and repeat")
+    return now
+
+
+def _deleted(thing: Source | HttpEndpoint | Consumer) -> ValidationError:
+    return ValidationError(f"{thing.name} was deleted at this moment")
 
 
 def _record(thing: Source | HttpEndpoint | Consumer, count: int | None = None) -> None:

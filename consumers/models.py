@@ -11,6 +11,7 @@ import secrets
 import uuid
 from base64 import b64encode
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Self
 
 from django.conf import settings
@@ -97,8 +98,28 @@ class Named(models.Model):
         abstract = True
         ordering = ["name"]
 
+    read_as: dict[str, Any] | None = None
+    """What the store said when this was read from it, or saved; None: neither has happened."""
+
     def __str__(self) -> str:
         return self.name
+
+    @classmethod
+    def from_db(cls, *args: Any, **kwargs: Any) -> Self:
+        made = super().from_db(*args, **kwargs)
+        made._remember()
+        return made
+
+    def refresh_from_db(self, *args: Any, **kwargs: Any) -> None:
+        super().refresh_from_db(*args, **kwargs)
+        self._remember()
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        super().save(*args, **kwargs)
+        self._remember()
+
+    def _remember(self) -> None:
+        self.read_as = {field.attname: copy(self.__dict__[field.attname]) for field in self._meta.concrete_fields if field.attname in self.__dict__}
 
     def clean_fields(self, exclude: Any = None) -> None:
         """As Django's, and what is no choice is told the choices."""

@@ -103,6 +103,9 @@ class Progress(NamedTuple):
 def get_on(work: BackfillWork, job: Job, search: Search, keep_turn: Callable[[], None]) -> Progress:
     """Look at the next messages and copy those that match. Raises CannotJudge."""
     place = int(job.place)
+    if (gone := work.log_floor() - place - 1) > 0:
+        # It had failed, and nothing was kept for it.
+        raise CannotJudge(f"up to {gone} messages behind the place where it was have left the log meanwhile: cancel it, and begin another one")
     ids, looked_to = work.candidates(job, place, LOOK_AT)
     if looked_to is None:
         return Progress(work.append_copies(job, [], place, is_last=True), 0, place)

@@ -324,6 +324,12 @@ class BackfillWork:
             outcome, rows, reason = self._append(job, LOOK_FIRST if attempt + 1 < SEARCHES else 1 << 62)
         return Appended(outcome, int(rows or 0), reason)
 
+    def log_floor(self) -> int:
+        """The first id that the log still reaches."""
+        row = self._conn.execute("SELECT id FROM log_floor").fetchone()
+        assert row is not None
+        return int(row[0])
+
     def candidates(self, job: Job, after: int, count: int) -> tuple[list[int], int | None]:
         """Messages that a republish may take, of the next `count` of the log behind `after`; and the last one looked at."""
         row = self._conn.execute(

@@ -29,6 +29,7 @@ from psycopg.waiting import Ready, Wait
 from consumers.backoff import delay_ms
 from consumers.envelope import Addressing, addressing, idempotency_key, render
 from consumers.fields import MASK
+from consumers.lua.types import LuaError
 from consumers.models import Consumer
 from consumers.store import claims, lifecycle, turns
 from consumers.store.connection import store_connection, why_away
@@ -286,7 +287,11 @@ class Pump:
         target, messages = lane.target, [item.message for item in items]
 
         def run() -> None:
-            made = make(target.consumer_id, target.transform, target.to, messages, TRANSFORM_S)
+            try:
+                made = make(target.consumer_id, target.transform, target.to, messages, TRANSFORM_S)
+            except Exception as error:  # the machine has run out of something; the lane would wait for this for ever
+                log.exception("transform cannot be run consumer=%s", target.consumer_name)
+                made = Made([], [], [(message, LuaError(f"cannot be run: {error}"[:300], None)) for message in messages], [])
             self._tell(Transformed(target.consumer_id, items, made))
 
         self._transforms.submit(run)

@@ -138,7 +138,12 @@ class Transport:
                 self._go_on(self._found.popleft())
             now = time.monotonic()
             while self._submitted and len(self._flying) + len(self._unresolved) < self._max_flights:
-                self._begin(self._submitted.popleft(), now)
+                request = self._submitted.popleft()
+                try:
+                    self._begin(request, now)
+                except Exception as error:  # each request has an outcome, whatever this machine has run out of
+                    log.exception("push transport: a request cannot be sent")
+                    self._outcomes.append(Outcome(request.tag, None, f"cannot be sent: {error}"[:300], None, "", 0))
             if now >= self._due:
                 self._due = math.inf
                 self._act(pycurl.SOCKET_TIMEOUT, 0)

@@ -231,6 +231,22 @@ def test_the_log_is_kept_while_it_is_looked_at(api: Api, shop: Shop) -> None:
         assert [*maintain(conn, at_once), *maintain(conn, at_once)]
 
 
+def test_one_that_goes_on_after_its_part_of_the_log_has_gone_says_so(api: Api, shop: Shop) -> None:
+    """One that failed keeps nothing from going."""
+    shop.take()
+    _, begun = api("POST", "consumers/orders/republish", {"where": "1 / (id - 20) < 0"})
+    (backfill,) = begun["backfills"]
+    shop.work_off()
+    assert api("GET", f"backfills/{backfill}")[1]["status"] == "failed"
+    with store_connection() as conn:
+        at_once = timedelta(microseconds=1)
+        assert [*maintain(conn, at_once), *maintain(conn, at_once)]
+    assert api("POST", f"backfills/{backfill}/resume")[0] == 200
+    shop.work_off()
+    shown = api("GET", f"backfills/{backfill}")[1]
+    assert shown["status"] == "failed" and "have left the log meanwhile" in shown["reason"], shown
+
+
 def test_a_token_of_others_and_a_disabled_consumer(api: Api, shop: Shop, make_consumer: Any) -> None:
     other = make_consumer(shop.source, "other", tables=["public.orders"])
     assert Api("manage", [other])("POST", "consumers/orders/republish", {})[0] == 404

@@ -20,6 +20,7 @@ from consumers.store import lifecycle, turns
 from consumers.store.connection import store_connection
 from delivery.push import retry
 from delivery.push.pump import Pump
+from delivery.transforming import make
 from tests.conftest import ROOT, process_environment, wait_until
 from tests.push.endpoint import Endpoint, Got, status
 from tests.store.world import Log, fetch, waits_for_lock
@@ -618,6 +619,24 @@ def test_a_pump_that_waits_for_the_store_sends_nothing_once_its_turns_have_ended
         wait_until(lambda: lost.acks, 10, "the answer to be taken in")
     wait_until(lambda: loses not in lanes, 10, "the pump to see that the turn is gone")
     assert where.ids == [1] and not lost.pending
+
+
+def test_a_transform_that_this_machine_cannot_run_is_run_later(log: Log, endpoint: Any, pump: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = endpoint()
+    consumer = push_to(log, where, transform="function transform(action, record) return {record = record} end")
+    runs = []
+
+    def runs_out(*given: Any) -> Any:
+        runs.append(1)
+        if len(runs) == 1:
+            raise RuntimeError("can't start new thread")
+        return make(*given)
+
+    monkeypatch.setattr("delivery.push.pump.make", runs_out)
+    log.append(log.row(1))
+    pump()
+    delivered(consumer, 1)
+    assert where.ids == [1] and len(runs) == 2
 
 
 def test_a_consumer_deleted_in_flight_harms_nobody(log: Log, endpoint: Any, pump: Any) -> None:

@@ -360,6 +360,21 @@ def test_a_header_that_cannot_be_sent_is_an_outcome_without_its_value(sender: An
     assert where.got == [] and one.post(where.url).ok
 
 
+def test_what_this_machine_cannot_send_has_an_outcome_too(sender: Any, endpoint: Any, monkeypatch: Any) -> None:
+    where, told, sends = endpoint(), [], sender()
+
+    def runs_out(*_: Any) -> Any:
+        told.append(1)
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(names.Names, "get", runs_out)
+        sends.submit(where.url, tag=1)
+        assert sends.get()[:3] == (1, None, "cannot be sent: can't start new thread")
+    sends.submit(where.url, tag=2)
+    assert sends.get().ok and told == [1]
+
+
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1/", "file:///etc/passwd", "gopher://127.0.0.1/", "http://", "http://a b/", ""])
 def test_only_http_and_https_are_spoken(sender: Any, url: str) -> None:
     outcome = sender().post(url)
