@@ -48,8 +48,6 @@ def publish_tables(source: Source, tables: Iterable[str]) -> None:
     An empty list means all that is published. Raises SourceUnreachable, SetupRefused.
     """
     wanted = list(tables)
-    if not wanted:
-        return
     with connect(source) as conn:
         if not publication_exists(conn, source.publication_name):
             raise SetupRefused("source", f"the publication {source.publication_name} does not exist: recover the source first")
@@ -62,9 +60,9 @@ def publish_tables(source: Source, tables: Iterable[str]) -> None:
         if added:
             _add(conn, source, added)
         # The others somebody may have published by hand a moment ago, or a process of ours that died of it.
-        others = [table for table in wanted if table not in added]
+        others = [table for table in wanted if table not in added] if wanted else None
         if writers := _await_writers(conn, others, source.publication_name):
-            raise _kept_from_arriving(others, writers)
+            raise _kept_from_arriving(others or ["tables of the publication"], writers)
 
 
 def demand_publication(source: Source, tables: Collection[str]) -> None:
@@ -149,10 +147,10 @@ def _demand_root(conn: psycopg.Connection[Any], source: Source, tables: list[str
 # The transactions that are older than the publishing ---------------------------------------------------------------
 
 
-def _await_writers(conn: psycopg.Connection[Any], tables: list[str], publication: str | None = None) -> list[WriterRow]:
+def _await_writers(conn: psycopg.Connection[Any], tables: list[str] | None, publication: str | None = None) -> list[WriterRow]:
     """Wait for the transactions that wrote to a table before it was published, which keeps what they wrote from being sent.
 
-    Whoever comes later is not waited for. Returns those that are still there after WRITERS_WITHIN_S.
+    `tables`: None for all of the publication. Whoever comes later is not waited for. Returns those that are still there after WRITERS_WITHIN_S.
     """
     deadline = time.monotonic() + WRITERS_WITHIN_S
     waited_for = {writer.transaction for writer in _writers(conn, tables, publication)}
@@ -165,7 +163,7 @@ def _await_writers(conn: psycopg.Connection[Any], tables: list[str], publication
     return []
 
 
-def _writers(conn: psycopg.Connection[Any], tables: list[str], publication: str | None) -> list[WriterRow]:
+def _writers(conn: psycopg.Connection[Any], tables: list[str] | None, publication: str | None) -> list[WriterRow]:
     """Who writes takes this lock and keeps it to the end, prepared transactions too.
 
     `publication`: only those that are older than the transaction by which it publishes the table.
@@ -189,7 +187,7 @@ def _writers(conn: psycopg.Connection[Any], tables: list[str], publication: str 
         " JOIN pg_locks l ON l.relation = r.relid AND l.locktype = 'relation' AND l.granted AND l.mode = 'RowExclusiveLock'"
         "  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
         " LEFT JOIN pg_stat_activity a ON a.pid = l.pid"
-        " WHERE (n.nspname || '.' || t.relname = ANY (%(tables)s) OR n.nspname || '.*' = ANY (%(tables)s))" + older +
+        " WHERE (%(tables)s::text[] IS NULL OR n.nspname || '.' || t.relname = ANY (%(tables)s) OR n.nspname || '.*' = ANY (%(tables)s))" + older +
         " ORDER BY 3 DESC NULLS LAST",
         {"tables": tables, "publication": publication},
     ).fetchall()
