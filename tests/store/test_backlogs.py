@@ -76,7 +76,7 @@ def test_drop_oldest_drops_no_more_than_it_must_and_counts(log: Log, client: Cli
         cursor.execute("SELECT dropped_count FROM consumer_position WHERE consumer = %s", [position.consumer])
         (dropped,) = cursor.fetchone()
         cursor.execute("SELECT count(*) FROM messages WHERE id <= %s", [position.position])
-        assert cursor.fetchone() == (dropped,) and dropped > 10_000
+        assert cursor.fetchone() == (dropped,) and dropped > 0
     assert held <= 1_000_000 < before
     assert enforce_now() == []
     assert "were dropped" in health(client, consumer.name)[1][0]

@@ -316,7 +316,7 @@ def test_what_comes_after_an_edit_is_taken_by_it_although_a_claim_is_under_way(l
 def test_an_edit_and_a_rewind_wait_for_each_other_in_one_order(log: Log) -> None:  # noqa: F811
     consumer = log.consumer()
     log.append(log.row(1))
-    claims.claim(consumer, 1, lease_ms=60_000)
+    (message,) = claims.claim(consumer, 1, lease_ms=60_000).messages
     failed: list[Exception] = []
 
     def save() -> None:
@@ -334,7 +334,7 @@ def test_an_edit_and_a_rewind_wait_for_each_other_in_one_order(log: Log) -> None
         conn.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [str(consumer)])
         saving.start()
         wait_until(lambda: waits_for_lock("%pg_advisory_xact_lock%"), 10, "the edit to wait")
-        assert conn.execute("SELECT moved FROM sequin_rewind(%s, 0, gen_random_uuid())", [consumer]).fetchall() == [(True,)]
+        assert conn.execute("SELECT moved FROM sequin_rewind(%s, %s, gen_random_uuid())", [consumer, message.id - 1]).fetchall() == [(True,)]
     saving.join(10)
     assert not failed and Consumer.objects.get(pk=consumer).status == "disabled"
 
