@@ -273,8 +273,11 @@ def test_a_tables_first_message_comes_while_a_claim_is_under_way(log: Log, acked
 
 
 @pytest.mark.parametrize("edit", [{"actions": ["insert", "delete"]}, {"tables": []}], ids=lambda edit: str(*edit))
-def test_what_comes_after_an_edit_is_taken_by_it_although_a_claim_is_under_way(log: Log, edit: dict[str, Any]) -> None:  # noqa: F811
+def test_what_comes_after_an_edit_is_taken_by_it_although_a_claim_is_under_way(
+    log: Log, monkeypatch: pytest.MonkeyPatch, edit: dict[str, Any]  # noqa: F811
+) -> None:
     """The claim has read its configuration, and waits for what is out, when somebody asks for more."""
+    monkeypatch.setattr(changes, "publish_tables", lambda source, tables: None)
     consumer = log.consumer(tables=["public.others"], actions=["insert"], max_ack_pending=3)
     orders = log.relation
     log.relation = log.appender.register_relation(1, SHAPE._replace(table="others"))
@@ -350,6 +353,7 @@ def test_a_consumer_that_is_made_while_its_source_fails_over(log: Log, monkeypat
         log.relation = log.appender.register_relation(2, SHAPE)
         return answer
 
+    monkeypatch.setattr(changes, "publish_tables", lambda source, tables: None)
     monkeypatch.setattr(changes, "source_position", lambda source: follow(1_000_000))
     monkeypatch.setattr(changes, "look_at_beginning", lambda source: follow(Beginning(8, 8, (), False, 1_000_000)))
     monkeypatch.setattr(changes, "tables_to_backfill", lambda source, tables: [])
