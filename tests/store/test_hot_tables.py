@@ -26,6 +26,9 @@ LARGE_BYTES = 100_000
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hot, "GROUPS", tuple(dict.fromkeys(group, LARGE_BYTES) for group in hot.GROUPS))
     monkeypatch.setattr(hot, "OLD_SNAPSHOT_XIDS", 100)
+    # A waiting room that an earlier test has left in this process looks after them as well, and would by these sizes.
+    look, here = hot.HotTables.look, threading.current_thread()
+    monkeypatch.setattr(hot.HotTables, "look", lambda tables, conn: look(tables, conn) if threading.current_thread() is here else [])
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def test_behind_an_old_snapshot_they_are_rewritten_with_all_they_hold(log: Log, 
         use(log, consumer, 1200)
         before, grown = contents(), largest(store)
         assert grown > LARGE_BYTES
-        assert set(hot.HotTables().look(store)) >= {"consumer_position", "leases"}
+        wait_until(lambda: set(hot.HotTables().look(store)) >= {"consumer_position", "leases"}, 20, "the rewriting, which vacuum may hold up")
         assert contents() == before and largest(store) < LARGE_BYTES < grown
     assert claims.ack(consumer, receipts(out)) == (2, 1)
     log.append(log.row(901), log.row(902))
