@@ -93,8 +93,9 @@ def rehearse(thing: Source | HttpEndpoint | Consumer) -> Prepared | None:
         return prepare(thing)
     if isinstance(thing, Consumer):
         thing.notices = [*check_where(thing), *check_groups(thing)]
-        if thing._state.adding:
+        if thing.read_as is None or thing.read_as["tables"] != thing.tables:
             _publish(thing)
+        if thing._state.adding:
             _position(thing.source)
     return None
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from django.core.management import call_command
 from django.core.management.base import CommandError
 from django.db import connection
 
+from consumers import publishing
 from consumers.models import Backfill, Consumer, HttpEndpoint, Source
 from consumers.store import backfills
 from tests.conftest import SourceDatabase
@@ -23,7 +25,7 @@ def fixture(source_database: SourceDatabase, tmp_path: Path, monkeypatch: pytest
     source_database.execute("CREATE TABLE orders (id int PRIMARY KEY)")
     monkeypatch.setenv("SHOP_PASSWORD", source_database.password)
 
-    def load(backfills: Any = (), *, backwards: bool = False, **changes: dict[str, Any]) -> str:
+    def load(backfills: Any = (), *, more: Any = (), backwards: bool = False, **changes: dict[str, Any]) -> str:
         entries = [
             {"model": "consumers.httpendpoint", "fields": {"name": "hooks", "url": "https://example.com/", **changes.get("endpoint", {})}},
             {"model": "consumers.source", "fields": {
@@ -33,6 +35,7 @@ def fixture(source_database: SourceDatabase, tmp_path: Path, monkeypatch: pytest
             {"model": "consumers.consumer", "fields": {
                 "name": "push", "source": ["shop"], "kind": "push", "tables": ["public.orders"], "endpoint": ["hooks"],
                 **changes.get("consumer", {})}},
+            *({"model": "consumers.consumer", "fields": {"source": ["shop"], **fields}} for fields in more),
             *({"model": "consumers.backfill", "fields": {"consumer": ["push"], "table": "public.orders", **fields}} for fields in backfills),
         ]  # fmt: skip
         path = tmp_path / "shop.json"
@@ -46,6 +49,45 @@ def fixture(source_database: SourceDatabase, tmp_path: Path, monkeypatch: pytest
 
 def slots(database: SourceDatabase) -> int:
     return int(database.execute("SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", [database.name])[0][0])
+
+
+def test_what_is_edited_is_handed_out_while_a_source_is_waited_for(
+    fixture: Any, source_database: SourceDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One consumer is changed, and the table of another one has an older writer that stays open."""
+    fixture()
+    source_database.execute("CREATE TABLE more (id int PRIMARY KEY)")
+    waits, goes_on = threading.Event(), threading.Event()
+    awaited = publishing._await_writers
+
+    def await_writers(conn: Any, tables: Any, *rest: Any) -> Any:
+        if tables == ["public.more"]:
+            waits.set()
+            goes_on.wait(10)
+        return awaited(conn, tables, *rest)
+
+    monkeypatch.setattr(publishing, "_await_writers", await_writers)
+    (consumer,) = Consumer.objects.all()
+    said: list[str] = []
+
+    def load() -> None:
+        try:
+            said.append(fixture(consumer={"ack_wait_ms": 7000}, more=[{"name": "other", "tables": ["public.orders"], "kind": "pull"}]))
+            said.append(fixture(consumer={"ack_wait_ms": 8000}, more=[{"name": "other", "tables": ["public.more"], "kind": "pull"}]))
+        finally:
+            connection.close()
+
+    loading = threading.Thread(target=load)
+    loading.start()
+    try:
+        assert waits.wait(10)
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_try_advisory_xact_lock(hashtextextended(%s, 0))", [str(consumer.pk)])
+            assert cursor.fetchone() == (True,)
+    finally:
+        goes_on.set()
+        loading.join(30)
+    assert said == ["1 created, 1 changed, 2 unchanged", "0 created, 2 changed, 2 unchanged"]
 
 
 def test_loading_makes_everything_and_loading_again_changes_nothing(fixture: Any, source_database: SourceDatabase) -> None:

@@ -73,9 +73,20 @@ class Command(BaseCommand):
                 with _named(path, number, entry):
                     _prepare(entry, prepared)
             with transaction.atomic():
-                for path, number, entry in entries:
-                    with _named(path, number, entry):
-                        counts[_load(entry, prepared)] += 1
+                late = []
+                for one in entries:
+                    with _named(*one):
+                        if _is_late(one[2]):
+                            late.append(one)
+                        else:
+                            counts[_load(one[2], prepared)] += 1
+                # An edited consumer hands nothing out until all of this is saved: what its source takes time for is done before.
+                for one in late:
+                    with _named(*one):
+                        _rehearse(one[2])
+                for one in late:
+                    with _named(*one):
+                        counts[_load(one[2], prepared)] += 1
         except BaseException:
             for source, made in prepared.values():
                 _undo(source, made)
@@ -110,6 +121,20 @@ def _prepare(entry: Any, prepared: dict[Any, Prepared]) -> None:
         made = changes.prepare(thing)
         if made is not None:
             prepared[thing.name] = (thing, made)
+
+
+def _is_late(entry: Any) -> bool:
+    """An edit of a consumer, or what may refer to one."""
+    label = _label(entry)
+    return label == Backfill._meta.label_lower or (label == Consumer._meta.label_lower and not _understand(entry)[3])
+
+
+def _rehearse(entry: Any) -> None:
+    if _label(entry) == Consumer._meta.label_lower:
+        model, thing, fields, created = _understand(entry)
+        if _assign(model, thing, fields, created):
+            thing.full_clean()
+            changes.rehearse(thing)
 
 
 def _undo(source: Source, made: SourcePrepared) -> None:
