@@ -17,11 +17,11 @@ from django.utils import timezone
 
 from consumers import alert_rules
 from consumers.alert_models import AlertDestination, AlertEpisode, AlertNotice, AlertRule
+from consumers.store.locks import ALERT_LOCK
 from delivery.push import once
 
 log = logging.getLogger(__name__)
 
-ALERT_LOCK = 0x5E9_0006  # advisory
 CALM_S = 30  # so long must it not hold to be over
 RETRY_S, LONGEST_RETRY_S = 30, 1800
 GIVE_UP_AFTER = timedelta(days=1)

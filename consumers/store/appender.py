@@ -18,11 +18,10 @@ import psycopg
 from consumers.store import shapes
 from consumers.store.connection import held_connection
 from consumers.store.events import add_event
-from consumers.store.partitions import SEQUENCE_LOCK
+from consumers.store.locks import SEQUENCE_LOCK, SOURCE_LOCK_CLASS
 from consumers.store.room import Room
 from consumers.store.types import LogRow, Progress, Proof, RelationShape, stored_shape
 
-SOURCE_LOCK_CLASS = 0x5E9  # advisory: one reader per source
 
 _COPY_SQL = (
     "COPY messages (source, relation, table_oid, action, xid, commit_lsn, commit_idx, committed_at, epoch,"

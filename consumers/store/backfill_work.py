@@ -20,7 +20,7 @@ from psycopg.pq import Format
 from consumers.store import shapes
 from consumers.store.backfills import DUE_SQL
 from consumers.store.connection import store_connection
-from consumers.store.partitions import SEQUENCE_LOCK
+from consumers.store.locks import SEQUENCE_LOCK
 from consumers.store.room import Room
 from consumers.store.types import RelationShape
 

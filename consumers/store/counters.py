@@ -12,7 +12,8 @@ from uuid import UUID
 
 from django.db import connection, transaction
 
-COUNTING_LOCK = 0x5E9_0005  # advisory
+from consumers.store.locks import COUNTING_LOCK
+
 EXACT_WAITING = 1_000  # waiting messages are counted up to this, beyond it estimated
 KEPT = timedelta(hours=49)
 EVERYTHING = UUID(int=0)

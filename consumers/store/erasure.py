@@ -14,7 +14,7 @@ import psycopg
 from psycopg import sql
 
 from consumers.store.connection import store_connection
-from consumers.store.partitions import SEQUENCE_LOCK
+from consumers.store.locks import SEQUENCE_LOCK
 
 KEPT = "kept_messages"
 ERASED = "erased"

@@ -16,6 +16,7 @@ import psycopg
 from psycopg import sql
 
 from consumers.store.connection import store_connection, why_away
+from consumers.store.locks import REWRITE_LOCK
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,6 @@ OLD_SNAPSHOT_XIDS = 500  # a snapshot that so many transactions have passed
 LOCK_WAIT_MS = 50  # so long claims queue behind an attempt in vain
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 120.0
 LOOK_EVERY_S, RECONNECT_S = 1.0, 2.0
-REWRITE_LOCK = 0x5E9_0004  # advisory: one process rewrites
 
 _OLDEST_SQL = """
     SELECT greatest(

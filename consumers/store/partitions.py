@@ -13,13 +13,12 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from consumers.store.locks import MAINTENANCE_LOCK, PARTITION_LOCK, SEQUENCE_LOCK
+
 log = logging.getLogger(__name__)
 
 PARTITION_IDS = 1_000_000
 AHEAD_IDS = 1_000_000  # there is always room for so many more messages
-PARTITION_LOCK = 0x5E9_0001  # advisory: one process makes partitions at a time
-MAINTENANCE_LOCK = 0x5E9_0003  # advisory: one process maintains at a time; that may take long, so no append ever waits for it
-SEQUENCE_LOCK = 0x5E9_0002  # advisory: appends hold it shared, a jump of the sequence alone
 CUTS_PER_RETENTION = 8
 
 Connection = psycopg.Connection[Any]

@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 from django.db import connection
 
 from consumers.store import lifecycle
-from consumers.store.partitions import SEQUENCE_LOCK
+from consumers.store.locks import SEQUENCE_LOCK
 from consumers.store.types import key_text
 
 LSN = re.compile(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}")  # as people write it

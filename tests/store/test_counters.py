@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from consumers.models import Consumer
-from consumers.store import claims, counters, hot, lifecycle, partitions
+from consumers.store import claims, counters, lifecycle, locks
 from consumers.store.connection import store_connection
 from consumers.store.types import Failure
 from delivery import alerting
@@ -41,7 +41,7 @@ def test_each_message_is_counted_once_however_often_one_looks(log: Log) -> None:
 
 def test_counting_and_alerts_wait_for_no_housekeeping(log: Log) -> None:
     with store_connection() as conn:
-        conn.execute("SELECT pg_advisory_lock(%s), pg_advisory_lock(%s)", [partitions.MAINTENANCE_LOCK, hot.REWRITE_LOCK])
+        conn.execute("SELECT pg_advisory_lock(%s), pg_advisory_lock(%s)", [locks.MAINTENANCE_LOCK, locks.REWRITE_LOCK])
         assert counters.count() and alerting.judge()
 
 

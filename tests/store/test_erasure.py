@@ -13,7 +13,8 @@ from django.db import connection
 
 from consumers.store import claims, erasure, lifecycle
 from consumers.store.connection import store_connection
-from consumers.store.partitions import SEQUENCE_LOCK, maintain
+from consumers.store.locks import SEQUENCE_LOCK
+from consumers.store.partitions import maintain
 from tests.conftest import wait_until
 from tests.store.world import Log, fetch, receipts, take, waits_for_lock
 

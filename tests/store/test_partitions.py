@@ -11,7 +11,8 @@ from django.db import connection
 
 from consumers.store import claims, lifecycle
 from consumers.store.connection import store_connection
-from consumers.store.partitions import AHEAD_IDS, MAINTENANCE_LOCK, PARTITION_IDS, PARTITION_LOCK, maintain
+from consumers.store.locks import MAINTENANCE_LOCK, PARTITION_LOCK
+from consumers.store.partitions import AHEAD_IDS, PARTITION_IDS, maintain
 from consumers.store.types import Failure
 from tests.store.world import Log, fetch, keys, receipts, take
 
