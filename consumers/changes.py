@@ -55,8 +55,7 @@ def save(thing: Source | HttpEndpoint | Consumer | Backfill, prepared: Prepared 
         _begin_backfill(thing)
     else:
         with transaction.atomic():
-            _current(thing)
-            _record(thing)
+            _record(thing, _current(thing))
             thing.save()
 
 
@@ -170,8 +169,7 @@ def _save_source(source: Source, made: Prepared | None) -> None:
         source.slot_created = made.slot_created or kept_slot
         source.publication_created = made.publication_created or kept_publication
     with transaction.atomic():
-        _current(source)
-        _record(source)
+        _record(source, _current(source))
         source.save()
         if before is not None and before.slot_created and _slot_of(before) != _slot_of(source):
             lifecycle.note_source(
@@ -198,7 +196,7 @@ def _save_consumer(consumer: Consumer) -> None:
         _publish(consumer)
     if before is None:
         with transaction.atomic():
-            _record(consumer)
+            _record(consumer, None)
             consumer.save()
             if consumer.start_from == "beginning":
                 _begin_with_everything(consumer)
@@ -217,7 +215,7 @@ def _save_consumer(consumer: Consumer) -> None:
         if before.status != consumer.status:
             consumer.status_reason = ""
         dropped = lifecycle.backlog(consumer.pk).undelivered if consumer.status == "disabled" != before.status else None
-        _record(consumer, dropped)
+        _record(consumer, before, dropped)
         consumer.save()
         if before.status != consumer.status:
             if consumer.status == "disabled":
@@ -236,7 +234,7 @@ def _current(thing: Thing) -> Thing | None:
     Somebody may have saved it since it was read here. A status that was set meanwhile stays, unless this edit sets one too: pumps pause
     as well. Raises ValidationError for anything else, for the two were not judged together.
     """
-    if thing._state.adding or thing.read_as is None:
+    if thing.read_as is None:
         return None
     now = type(thing).objects.select_for_update(no_key=True).filter(pk=thing.pk).first()
     if now is None:
@@ -260,9 +258,8 @@ def _deleted(thing: Source | HttpEndpoint | Consumer) -> ValidationError:
     return ValidationError(f"{thing.name} was deleted at this moment")
 
 
-def _record(thing: Source | HttpEndpoint | Consumer, count: int | None = None) -> None:
-    """Before it is saved: what is new or different, secrets by name only."""
-    before = type(thing).objects.filter(pk=thing.pk).first()
+def _record(thing: Thing, before: Thing | None, count: int | None = None) -> None:
+    """Before it is saved: what is new or different from `before`, secrets by name only."""
     told = {
         field.name: MASK if field.name in SECRET_FIELDS else _told(field.value_from_object(thing))
         for field in thing._meta.fields

@@ -27,7 +27,7 @@ from consumers.store.connection import store_connection
 from consumers.store.shapes import register_relation
 from consumers.store.types import Failure
 from tests.conftest import wait_until
-from tests.store.world import SHAPE, Log, fetch, parked_count, unsent, waits_for_lock  # noqa: F401
+from tests.store.world import SHAPE, Log, beginning, fetch, parked_count, unsent, waits_for_lock  # noqa: F401
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -169,18 +169,14 @@ def test_an_ack_waits_for_no_claim_and_frees_what_was_parked_behind_it_meanwhile
     settled: list[Any] = []
 
     def settle() -> None:
-        try:
-            settled.append(ack_without_timing(consumer, first))
-        finally:
-            connection.close()
+        settled.append(ack_without_timing(consumer, first))
 
-    acking = threading.Thread(target=settle)
     with store_connection(autocommit=False) as conn:
         conn.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [str(consumer)])
         assert ack_without_timing(consumer, second) == (1, 0), "a claim is under way, and the ack is done"
         claimed = conn.execute("SELECT id FROM sequin_claim(%s, 1, 60000, NULL, 100, 1000000)", [consumer]).fetchall()
         assert [row[0] for row in claimed] == [first.messages[0].id + 3], "the second of key 1 is parked behind the first"
-        acking.start()
+        acking = beginning(settle)
         wait_until(lambda: waits_for_lock("%sequin_ack%"), 10, "the ack to wait")
     acking.join(10)
     assert settled == [(1, 0)]
@@ -208,13 +204,10 @@ def test_group_columns_are_not_changed_behind_a_claim(log: Log) -> None:  # noqa
             changes.save(edited)
         except ValidationError as error:
             errors.append(error)
-        finally:
-            connection.close()
 
-    saver = threading.Thread(target=save)
     with store_connection(autocommit=False) as conn:
         conn.execute("SELECT * FROM sequin_claim(%s, 1, 60000, NULL, 100, 1000000)", [consumer])
-        saver.start()
+        saver = beginning(save)
         wait_until(lambda: waits_for_lock("%pg_advisory_xact_lock%"), 10, "the edit to wait")
     saver.join(10)
     assert len(errors) == 1 and "1 are out" in str(errors[0])
@@ -226,20 +219,12 @@ def test_a_claim_that_waited_for_an_edit_goes_by_it(log: Log, edit: dict[str, An
     consumer = log.consumer()
     log.append(log.row(1))
     claimed: list[Any] = []
-
-    def claim() -> None:
-        try:
-            claimed.append(claims.claim(consumer, 1, lease_ms=60_000))
-        finally:
-            connection.close()
-
-    claiming = threading.Thread(target=claim)
     edited = Consumer.objects.get(pk=consumer)
     for name, value in edit.items():
         setattr(edited, name, value)
     with transaction.atomic():
         changes.save(edited)
-        claiming.start()
+        claiming = beginning(lambda: claimed.append(claims.claim(consumer, 1, lease_ms=60_000)))
         wait_until(lambda: fetch("SELECT 1 FROM pg_locks WHERE NOT granted"), 10, "the claim to wait")
     claiming.join(10)
     assert claimed[0].version == Consumer.objects.get(pk=consumer).updated_at
@@ -254,17 +239,9 @@ def test_a_tables_first_message_comes_while_a_claim_is_under_way(log: Log, acked
     if acked:
         claims.nack(consumer, [(first.token, first.messages[1].id)], 60_000)
     claimed: list[Any] = []
-
-    def claim() -> None:
-        try:
-            claimed.append(claims.claim(consumer, 2, lease_ms=60_000))
-        finally:
-            connection.close()
-
-    claiming = threading.Thread(target=claim)
     with store_connection(autocommit=False) as conn:
         conn.execute("SELECT FROM leases WHERE consumer = %s FOR UPDATE", [consumer])
-        claiming.start()
+        claiming = beginning(lambda: claimed.append(claims.claim(consumer, 2, lease_ms=60_000)))
         wait_until(lambda: waits_for_lock("%sequin_claim%"), 10, "the claim to wait")
         log.alter()
         log.append(log.row(3))
@@ -288,27 +265,17 @@ def test_what_comes_after_an_edit_is_taken_by_it_although_a_claim_is_under_way(
     for name, value in edit.items():
         setattr(edited, name, value)
 
-    def claim() -> None:
-        try:
-            claimed.append(claims.claim(consumer, 2, lease_ms=60_000))
-        finally:
-            connection.close()
-
     def save() -> None:
-        try:
-            changes.save(edited)
-        finally:
-            connection.close()
+        changes.save(edited)
         if "tables" in edit:
             log.relation = orders
         log.append(log.row(3, action=b"D" if "actions" in edit else b"I"))
 
-    claiming, saving = threading.Thread(target=claim), threading.Thread(target=save)
     with store_connection(autocommit=False) as conn:
         conn.execute("SELECT FROM leases WHERE consumer = %s FOR UPDATE", [consumer])
-        claiming.start()
+        claiming = beginning(lambda: claimed.append(claims.claim(consumer, 2, lease_ms=60_000)))
         wait_until(lambda: waits_for_lock("%sequin_claim%"), 10, "the claim to wait")
-        saving.start()
+        saving = beginning(save)
         wait_until(lambda: not saving.is_alive() or waits_for_lock("%pg_advisory_xact_lock%"), 10, "the edit")
     claiming.join(10)
     saving.join(10)
@@ -329,13 +296,10 @@ def test_an_edit_and_a_rewind_wait_for_each_other_in_one_order(log: Log) -> None
             changes.save(edited)
         except DatabaseError as error:
             failed.append(error)
-        finally:
-            connection.close()
 
-    saving = threading.Thread(target=save)
     with store_connection(autocommit=False) as conn:
         conn.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [str(consumer)])
-        saving.start()
+        saving = beginning(save)
         wait_until(lambda: waits_for_lock("%pg_advisory_xact_lock%"), 10, "the edit to wait")
         assert conn.execute("SELECT moved FROM sequin_rewind(%s, %s, gen_random_uuid())", [consumer, message.id - 1]).fetchall() == [(True,)]
     saving.join(10)
@@ -419,11 +383,10 @@ def test_shapes_become_known_in_the_order_of_their_ids(log: Log) -> None:  # noq
         log.alter()
         made.append(log.relation)
 
-    registering = threading.Thread(target=register)
     with store_connection(autocommit=False) as conn:
         first = register_relation(conn, log.source.pk, 1, SHAPE._replace(table="others"), seen=False)
         again = register_relation(conn, log.source.pk, 1, SHAPE, seen=False)
-        registering.start()
+        registering = beginning(register)
         wait_until(lambda: waits_for_lock("%sequin_register_relation%"), 10, "the other one to wait")
     registering.join(10)
     assert made and made[0] > first > again

@@ -1,22 +1,20 @@
 """A key that is erased stays so, whatever copies messages meanwhile."""
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
 import psycopg
 import pytest
-from django.db import connection
 
 from consumers.store import claims, erasure, lifecycle
 from consumers.store.connection import store_connection
 from consumers.store.locks import SEQUENCE_LOCK
 from consumers.store.partitions import maintain
 from tests.conftest import wait_until
-from tests.store.world import Log, fetch, receipts, take, waits_for_lock
+from tests.store.world import Log, beginning, fetch, receipts, take, waits_for_lock
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -28,18 +26,6 @@ RECORDS = "SELECT record FROM messages UNION ALL SELECT record FROM kept_message
 def store() -> Iterator[psycopg.Connection[Any]]:
     with store_connection() as conn:
         yield conn
-
-
-def beginning(run: Callable[[], Any]) -> threading.Thread:
-    def work() -> None:
-        try:
-            run()
-        finally:
-            connection.close()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
 
 
 def erase(log: Log) -> None:

@@ -1,6 +1,8 @@
 """The log written directly, without capture, and short words for what is done with claims."""
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -58,6 +60,20 @@ def fetch(query: str, *parameters: Any) -> list[tuple[Any, ...]]:
     with connection.cursor() as cursor:
         cursor.execute(query, parameters)
         return cursor.fetchall() if cursor.description else []
+
+
+def beginning(run: Callable[[], Any]) -> threading.Thread:
+    """Let this run in a thread, whose connection is closed with it."""
+
+    def work() -> None:
+        try:
+            run()
+        finally:
+            connection.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
 
 
 def waits_for_lock(statement: str) -> bool:
