@@ -252,30 +252,43 @@ def test_a_table_rewritten_while_a_page_is_read_is_read_again(scene: Callable[..
     assert counts(backfill) == (ROWS, 0) and copy_of(on.consumer) == on.rows()
 
 
+@pytest.mark.parametrize("stays_open", [False, True], ids=["commits at once", "stays open while the table is looked at"])
 def test_an_alter_table_that_waits_for_a_page_is_not_held_up_by_the_look_at_the_table(
-    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch, stays_open: bool
 ) -> None:
+    """The page it waited for was read before it, and may be kept: its rows have no more in them than the table had."""
     from capture.pages import LOCKED, SourcePages
 
     on = scene()
     before = SourcePages._copy
-    altering = [threading.Thread(target=lambda: on.database.execute("ALTER TABLE t ADD COLUMN more int"))]
+    waits = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 't'::regclass"
+
+    def alter() -> None:
+        with on.database.connect() as conn, conn.transaction():
+            conn.execute("ALTER TABLE t ADD COLUMN more int")
+            if stays_open:
+                wait_until(lambda: on.database.execute(waits), 10, "the next page to wait for it")
+
+    altering = [threading.Thread(target=alter)]
     begun = altering[0]
 
     def copy(self: SourcePages, *given: Any) -> Any:
         done = before(self, *given)
         while altering:
             altering.pop().start()
-            wait_until(lambda: on.database.execute("SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 't'::regclass"), 10)
+            wait_until(lambda: on.database.execute(waits), 10)
         return done
 
     monkeypatch.setattr(SourcePages, "_copy", copy)
     backfill = begin(on.consumer, page_rows=15)
-    step_once()
+    backfilling.step(slice_s=10)  # long enough for two pages; it ends when the second is found changed
     begun.join(20)
     assert "changed while it was read" in status(backfill)[1] and LOCKED not in status(backfill)[1]
     on.finish(backfill)
-    assert counts(backfill) == (ROWS, 0) and copy_of(on.consumer) == on.rows()
+    copied = copy_of(on.consumer)
+    assert counts(backfill) == (ROWS, 0) and {key: {**row, "more": None} for key, row in copied.items()} == on.rows()
+    assert {key for key, row in copied.items() if "more" not in row} <= {f'["{number}"]' for number in range(1, 16)}
+    assert not stays_open or "more" not in copied['["1"]']
 
 
 def test_two_backfills_of_one_table_for_two_consumers(scene: Callable[..., Scene], make_consumer: Any) -> None:
