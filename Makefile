@@ -3,9 +3,9 @@
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
-# Two at a time: a test is mostly several processes that wait for each other.
-SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
-# A test that hangs is named, with what it was doing, and fails; its half of the rest goes to the other one, for a new one would run it again.
+# Three at a time, for two cores: a test is mostly several processes that wait for each other.
+SPREAD := -n 3 --dist loadfile --no-loadscope-reorder
+# A test that hangs is named, with what it was doing, and fails; its share of the rest goes to the others, for a new one would run it again.
 LIMIT := --max-worker-restart=0 -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 VENV := .venv
 BIN := $(VENV)/bin
