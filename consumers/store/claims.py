@@ -25,10 +25,10 @@ SCAN_MS = 250  # one claim's budget; past it the answer is empty although the en
 MAX_CLAIM_BYTES = 16 * 1024 * 1024  # of rows in one claim; a larger message comes alone
 
 _CLAIM = Statement("claim", "SELECT * FROM sequin_claim($1, $2, $3, $4, $5, $6)")
-_ACK = Statement("ack", "SELECT * FROM sequin_ack($1, array_fill($2::uuid, ARRAY[cardinality($3::bigint[])]), $3::bigint[], $4)")
+_ACK = Statement("ack", "SELECT * FROM sequin_ack_lease($1, $2, $3, $4)")
 _ACK_MANY = Statement("ack_many", "SELECT * FROM sequin_ack($1, $2::uuid[], $3::bigint[], $4)")
 _CLAIM_JUDGED_SQL = (
-    "SELECT * FROM sequin_claim(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::bigint[],"
+    "SELECT * FROM sequin_claim_any(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::bigint[],"
     " %s::bigint[], %s::bigint[])"
 )
 

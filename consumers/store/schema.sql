@@ -579,16 +579,194 @@ $$;
 -- an empty answer without it means that p_scan rows were looked at in vain and the caller asks again.
 -- No more than p_max_bytes of rows, except that one message always fits.
 --
+-- This is the quick way, of a consumer that has neither a `where` nor groups of its own and nothing parked, when none of what
+-- comes next is held up by what is out; all else goes the other. What it costs is mostly how many statements it begins,
+-- and how many columns each of them has.
+create function sequin_claim(p_consumer uuid, p_limit integer, p_lease_ms bigint, p_holder uuid, p_scan integer, p_max_bytes bigint)
+returns table (
+    token uuid, at_end boolean, next_due_ms bigint, reached bigint, needs_verdicts boolean, fresh boolean, version timestamptz, source uuid, id bigint, deliver_count integer, grp bigint, grp2 bigint,
+    max_batch integer, relation integer, action "char", record text, changes text, key text, commit_lsn bigint,
+    commit_idx bigint, committed_at text, epoch integer, unchanged text, old_values_known boolean, annotations text,
+    backfill uuid, replay uuid)
+language plpgsql set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+declare
+    v_set         text;
+    v_lock        bigint := hashtextextended(p_consumer::text, 0);
+    v_version     bigint;
+    v_position    bigint;
+    v_start_lsn   bigint;
+    v_start_epoch integer;
+    v_replay      uuid;
+    v_replay_from bigint;
+    v_replay_to   bigint;
+    v_was_out     integer;     -- after the last claim
+    v_out         integer := 0;
+    v_was_full    boolean;
+    v_max_out     integer;
+    v_floor       bigint;
+    v_oldest      bigint;      -- of the leases
+    v_until       timestamptz; -- when the first of them ends
+    v_grps        bigint[] := '{}';  -- what is out
+    v_tables      text[];
+    v_relations   integer[];
+    v_shape       integer;     -- the newest of which it is known whose it is
+    v_words       text[];
+    v_actions     "char"[];
+    v_room        integer;
+    v_hit         boolean;
+    v_by_table    boolean;
+    v_tied        boolean := false;
+    v_lease       bigint;
+begin
+    -- A lost lease is a redelivery, so the claim need not wait for the disk. Receivers wait for each other here and not for the
+    -- row: a row's lock is handed on in two waits. So does whoever edits the consumer and needs claims to go by it: what is read
+    -- of the configuration beside the row is of the moment before the row was waited for.
+    v_set := set_config('synchronous_commit', 'off', true);
+    if not pg_try_advisory_xact_lock(v_lock) then  -- an expression costs less than a statement
+        perform pg_advisory_xact_lock(v_lock);
+    end if;
+    select p.version, p.position, p.source, p.start_lsn, p.start_epoch, p.replay, p.replay_from, p.replay_to, p.out_count, p.lease_floor,
+           p.is_full, c.max_ack_pending, c.tables, c.actions, c.updated_at
+      into v_version, v_position, source, v_start_lsn, v_start_epoch, v_replay, v_replay_from, v_replay_to, v_was_out, v_floor,
+           v_was_full, v_max_out, v_tables, v_words, version
+      from consumer_position p join consumers_consumer c on c.id = p.consumer
+     where p.consumer = p_consumer and p.parked_count = 0 and c.status = 'active' and c."where" = '' and c.stream <> 'rows'
+       and c.group_columns = '{}' and c.max_per_group is null
+     order by p.version desc limit 1 for update of p;
+    if found then
+        if v_was_out > 0 and not v_was_full and v_was_out + p_limit >= v_max_out then
+            -- It may become full: who acknowledges from now on has to see that, and to say so.
+            perform from leases l where l.consumer = p_consumer and l.id >= v_floor order by l.id for share;
+        end if;
+        if p_limit = 1 then
+            -- One at a time, as many clients take them.
+            select m.id, hashtextextended(m.key, m.table_oid), m.relation, m.action, m.record, m.changes, m.key, m.commit_lsn, m.commit_idx,
+                   to_char(m.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), m.epoch, m.unchanged, m.old_values_known,
+                   m.annotations, m.backfill,
+                   coalesce(m.replay, case when m.id > v_replay_from and m.id <= v_replay_to then v_replay end),
+                   m.consumer is not distinct from p_consumer
+                   or (m.consumer is null and (m.epoch <> v_start_epoch or m.commit_lsn >= v_start_lsn)
+                       and case m.action when 'I' then 'insert' when 'U' then 'update' when 'D' then 'delete' else 'truncate' end = any (v_words)),
+                   m.consumer is null and v_tables <> '{}', m.old_key is not null
+              into id, grp, relation, action, record, changes, key, commit_lsn, commit_idx, committed_at, epoch, unchanged, old_values_known,
+                   annotations, backfill, replay, v_hit, v_by_table, v_tied
+              from messages m where m.source = sequin_claim.source and m.id > v_position order by m.id limit 1;
+            if v_hit and v_by_table then
+                perform from relation_version r where r.id = sequin_claim.relation
+                    and (r.schema_name || '.' || r.table_name = any (v_tables) or r.schema_name || '.*' = any (v_tables));
+                v_hit := found;
+            end if;
+            if v_was_out > 0 then
+                select min(l.id), min(l.until), coalesce(sum(cardinality(l.ids)), 0),
+                       v_tied or coalesce(bool_or(sequin_claim.grp = any (l.grps) or sequin_claim.grp = any (l.grp2s)), false)
+                  into v_oldest, v_until, v_out, v_tied
+                  from leases l where l.consumer = p_consumer and l.id >= v_floor;
+            end if;
+            if v_hit and not v_tied and v_out < v_max_out and v_until > clock_timestamp() is not false then
+                token := gen_random_uuid();
+                insert into leases (token, consumer, source, until, ids, grps, grp2s, counts, holder)
+                values (sequin_claim.token, p_consumer, sequin_claim.source, clock_timestamp() + p_lease_ms * interval '1 ms',
+                        array[sequin_claim.id], array[sequin_claim.grp], '{null}', '{1}', p_holder)
+                returning leases.id into v_lease;
+                update consumer_position p
+                   set version = v_version + 1, position = sequin_claim.id, out_count = v_out + 1, acked_count = p.acked_count + v_was_out - v_out,
+                       lease_floor = coalesce(v_oldest, v_lease), is_full = v_out + 1 >= v_max_out, taken_at = clock_timestamp()
+                 where p.consumer = p_consumer and p.version = v_version;
+                at_end := false;  -- not looked at
+                reached := id;
+                deliver_count := 1;
+                return next;
+                return;
+            end if;
+        else
+            if v_was_out > 0 then
+                select min(l.id), min(l.until), coalesce(sum(cardinality(l.ids)), 0) into v_oldest, v_until, v_out
+                  from leases l where l.consumer = p_consumer and l.id >= v_floor;
+            end if;
+            if v_out < v_max_out and v_until > clock_timestamp() is not false then
+                v_room := least(p_limit, v_max_out - v_out);
+                if v_out > 0 then
+                    v_grps := array(select g from leases l, unnest(l.grps || l.grp2s) g
+                                    where l.consumer = p_consumer and l.id >= v_floor and g is not null);
+                end if;
+                if v_tables <> '{}' then
+                    select array_agg(r.id) filter (where r.schema_name || '.' || r.table_name = any (v_tables) or r.schema_name || '.*' = any (v_tables)),
+                           coalesce(max(r.id), 0)
+                      into v_relations, v_shape from relation_version r where r.source = sequin_claim.source;
+                end if;
+                v_actions := array_remove(array[case when 'insert' = any (v_words) then 'I' end, case when 'update' = any (v_words) then 'U' end,
+                                                case when 'delete' = any (v_words) then 'D' end,
+                                                case when 'truncate' = any (v_words) then 'T' end], null);
+                return query
+                    with x as materialized (
+                        select m.id, m.relation, m.action, m.record, m.changes, m.key, m.commit_lsn, m.commit_idx, m.committed_at, m.epoch,
+                               m.unchanged, m.old_values_known, m.annotations, m.backfill, m.replay,
+                               hashtextextended(m.key, m.table_oid) as grp, hashtextextended(m.old_key, m.table_oid) as grp2,
+                               m.consumer is not distinct from p_consumer
+                               or (m.consumer is null and m.action = any (v_actions) and (v_tables = '{}' or m.relation = any (v_relations))
+                                   and (m.epoch <> v_start_epoch or m.commit_lsn >= v_start_lsn)) as hit
+                        from messages m where m.source = sequin_claim.source and m.id > v_position order by m.id limit v_room + 1  -- is there more?
+                    ), a as materialized (
+                        select (array_agg(x.id) filter (where x.hit))[:v_room] as ids, (array_agg(x.grp) filter (where x.hit))[:v_room] as grps,
+                               count(*) as looked, count(*) filter (where x.hit) as hits, max(x.id) as last, max(x.relation) > v_shape as is_unheard_of,
+                               bool_or(x.grp in (select unnest(v_grps)) or coalesce(x.grp2 <> x.grp, false)) filter (where x.hit) as tied,
+                               sum(octet_length(x.record) + coalesce(octet_length(x.changes), 0)) filter (where x.hit) as bytes
+                        from x
+                    ), ready as materialized (
+                        select a.ids, a.grps, cardinality(a.ids) as n, case when a.looked > v_room then a.ids[v_room] else a.last end as last,
+                               a.looked <= v_room as at_end
+                        from a where not a.tied and a.is_unheard_of is not true and (a.hits >= v_room or a.looked <= v_room) and (a.bytes <= p_max_bytes or a.hits = 1)
+                    ), lease as (
+                        insert into leases (token, consumer, source, until, ids, grps, grp2s, counts, holder)
+                        select gen_random_uuid(), p_consumer, sequin_claim.source, clock_timestamp() + p_lease_ms * interval '1 ms', r.ids, r.grps,
+                               array_fill(null::bigint, array[r.n]), array_fill(1, array[r.n]), p_holder
+                        from ready r
+                        returning leases.id, leases.token
+                    ), moved as (
+                        update consumer_position p
+                           set version = v_version + 1, position = r.last, out_count = v_out + r.n, acked_count = p.acked_count + v_was_out - v_out,
+                               lease_floor = coalesce(v_oldest, l.id), is_full = v_out + r.n >= v_max_out, taken_at = clock_timestamp()
+                          from ready r, lease l where p.consumer = p_consumer and p.version = v_version
+                    )
+                    select case when x.id = r.ids[1] then l.token end, r.at_end, null::bigint, r.last, false, false,
+                           case when x.id = r.ids[1] then sequin_claim.version end, case when x.id = r.ids[1] then sequin_claim.source end, x.id, 1, x.grp,
+                           null::bigint, null::integer, x.relation, x.action, x.record, x.changes, x.key, x.commit_lsn, x.commit_idx,
+                           to_char(x.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), x.epoch, x.unchanged, x.old_values_known,
+                           x.annotations, x.backfill,
+                           coalesce(x.replay, case when x.id > v_replay_from and x.id <= v_replay_to then v_replay end)
+                    from ready r, lease l, x where x.hit and x.id <= r.last;
+                if found then
+                    return;
+                end if;
+                select min(m.id) into id from (
+                    select m.id from messages m where m.source = sequin_claim.source and m.id > v_position order by m.id limit 1) m;
+            end if;
+        end if;
+        if id is null and v_out = v_was_out and v_out < v_max_out and v_until > clock_timestamp() is not false then
+            -- The end, and nothing has changed since the last claim.
+            at_end := true;
+            next_due_ms := ceil(extract(epoch from v_until - clock_timestamp()) * 1000);
+            reached := v_position;
+            return next;
+            return;
+        end if;
+    end if;
+    return query select * from sequin_claim_any(p_consumer, p_limit, p_lease_ms, p_holder, p_scan, p_max_bytes);
+end $$;
+
+-- The same for whatever consumer and whatever lies in the way.
 -- A consumer with a `where`, or of the latest rows only, does not read the log here: consumers.filters has judged the
 -- stretch (p_from, p_through] of it, under the configuration of p_version. p_ids are what it lets through, p_errors and
 -- p_delays_ms beside them what went wrong (null: nothing; a delay of -1: held until something is changed), p_passed what it
 -- does not let through, p_undecided what it lets through not knowing. `needs_verdicts`: they are of another configuration.
 -- `fresh`: was parked and never handed out, so the `where` of now has to be asked again. `version`: of the configuration.
-create function sequin_claim(p_consumer uuid, p_limit integer, p_lease_ms bigint, p_holder uuid, p_scan integer,
-                             p_max_bytes bigint, p_version timestamptz default null, p_from bigint default null,
-                             p_through bigint default null, p_ids bigint[] default '{}', p_grps bigint[] default '{}',
-                             p_grp2s bigint[] default '{}', p_errors text[] default '{}', p_delays_ms bigint[] default '{}',
-                             p_passed bigint[] default '{}', p_undecided bigint[] default '{}')
+create function sequin_claim_any(p_consumer uuid, p_limit integer, p_lease_ms bigint, p_holder uuid, p_scan integer,
+                                 p_max_bytes bigint, p_version timestamptz default null, p_from bigint default null,
+                                 p_through bigint default null, p_ids bigint[] default '{}', p_grps bigint[] default '{}',
+                                 p_grp2s bigint[] default '{}', p_errors text[] default '{}', p_delays_ms bigint[] default '{}',
+                                 p_passed bigint[] default '{}', p_undecided bigint[] default '{}')
 returns table (
     token uuid, at_end boolean, next_due_ms bigint, reached bigint, needs_verdicts boolean, fresh boolean, version timestamptz, source uuid, id bigint, deliver_count integer, grp bigint, grp2 bigint,
     max_batch integer, relation integer, action "char", record text, changes text, key text, commit_lsn bigint,
@@ -605,8 +783,6 @@ declare
     v_per_group  integer;
     v_actions    "char"[];
     v_all_tables boolean;
-    v_relations  integer[];
-    v_shape      integer;     -- the newest of which it is known whose it is
     v_out_count  integer := 0;
     v_settled    integer;     -- acknowledged since the last claim
     v_set        text;
@@ -659,9 +835,7 @@ declare
     w_delays     bigint[];
     i            integer;
 begin
-    -- A lost lease is a redelivery, so the claim need not wait for the disk. Receivers wait for each other here and not for the
-    -- row: a row's lock is handed on in two waits. So does whoever edits the consumer and needs claims to go by it: what is read
-    -- of the configuration beside the row is of the moment before the row was waited for.
+    -- As sequin_claim, which may hold the lock already.
     v_set := set_config('synchronous_commit', 'off', true);
     v_lock := hashtextextended(p_consumer::text, 0);
     if not pg_try_advisory_xact_lock(v_lock) then  -- an expression costs less than a statement
@@ -690,11 +864,6 @@ begin
     v_actions := v_pos.actions;
     v_columns := nullif(v_pos.group_columns, '{}');
     v_all_tables := v_pos.tables = '{}';
-    if not v_all_tables then
-        select array_agg(r.id) filter (where r.schema_name || '.' || r.table_name = any (v_pos.tables) or r.schema_name || '.*' = any (v_pos.tables)),
-               coalesce(max(r.id), 0)
-          into v_relations, v_shape from relation_version r where r.source = v_pos.source;
-    end if;
 
     -- 1. What is out: less than at the last claim, when something was acknowledged.
     if v_pos.out_count > 0 then
@@ -706,56 +875,6 @@ begin
           from leases l where l.consumer = p_consumer and l.id >= v_pos.lease_floor;
     end if;
     v_settled := v_pos.out_count - v_out_count;
-
-    -- Nearly always nothing is parked, and none of what comes next is held up by what is out: then all is done at once.
-    if v_pos.parked_count = 0 and v_columns is null and v_pos.max_per_group is null and not v_pos.is_judged
-       and v_out_count < v_max_out and v_until > v_now is not false then
-        v_room := least(p_limit, v_max_out - v_out_count);
-        if v_out_count > 0 then
-            v_out := array(select sequin_groups_out(p_consumer));
-        end if;
-        return query
-            with x as materialized (
-                select m.id, m.relation, m.action, m.record, m.changes, m.key, m.commit_lsn, m.commit_idx, m.committed_at, m.epoch,
-                       m.unchanged, m.old_values_known, m.annotations, m.backfill, m.replay,
-                       hashtextextended(m.key, m.table_oid) as grp, hashtextextended(m.old_key, m.table_oid) as grp2,
-                       m.consumer is not distinct from p_consumer
-                       or (m.consumer is null and m.action = any (v_actions) and (v_all_tables or m.relation = any (v_relations))
-                           and (m.epoch <> v_pos.start_epoch or m.commit_lsn >= v_pos.start_lsn)) as hit
-                from messages m where m.source = v_pos.source and m.id > v_pos.position order by m.id limit v_room + 1  -- is there more?
-            ), a as materialized (
-                select (array_agg(x.id) filter (where x.hit))[:v_room] as ids, (array_agg(x.grp) filter (where x.hit))[:v_room] as grps,
-                       count(*) as looked, count(*) filter (where x.hit) as hits, max(x.id) as last, max(x.relation) > v_shape as is_unheard_of,
-                       bool_or(x.grp in (select unnest(v_out)) or coalesce(x.grp2 <> x.grp, false)) filter (where x.hit) as tied,
-                       sum(octet_length(x.record) + coalesce(octet_length(x.changes), 0)) filter (where x.hit) as bytes
-                from x
-            ), ready as materialized (
-                select a.ids, a.grps, cardinality(a.ids) as n, case when a.looked > v_room then a.ids[v_room] else a.last end as last,
-                       a.looked <= v_room as at_end
-                from a where not a.tied and a.is_unheard_of is not true and (a.hits >= v_room or a.looked <= v_room) and (a.bytes <= p_max_bytes or a.hits = 1)
-            ), lease as (
-                insert into leases (token, consumer, source, until, ids, grps, grp2s, counts, holder)
-                select gen_random_uuid(), p_consumer, v_pos.source, clock_timestamp() + p_lease_ms * interval '1 ms', r.ids, r.grps,
-                       array_fill(null::bigint, array[r.n]), array_fill(1, array[r.n]), p_holder
-                from ready r
-                returning leases.id, leases.token
-            ), moved as (
-                update consumer_position p
-                   set version = v_pos.version + 1, position = r.last, out_count = v_out_count + r.n, acked_count = p.acked_count + v_settled,
-                       lease_floor = coalesce(v_floor, l.id), is_full = v_out_count + r.n >= v_max_out, taken_at = v_now
-                  from ready r, lease l where p.consumer = p_consumer and p.version = v_pos.version
-            )
-            select case when x.id = r.ids[1] then l.token end, r.at_end, null::bigint, r.last, false, false,
-                   case when x.id = r.ids[1] then v_pos.configured_at end, case when x.id = r.ids[1] then v_pos.source end, x.id, 1, x.grp,
-                   null::bigint, null::integer, x.relation, x.action, x.record, x.changes, x.key, x.commit_lsn, x.commit_idx,
-                   to_char(x.committed_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), x.epoch, x.unchanged, x.old_values_known,
-                   x.annotations, x.backfill,
-                   coalesce(x.replay, case when x.id > v_pos.replay_from and x.id <= v_pos.replay_to then v_pos.replay end)
-            from ready r, lease l, x where x.hit and x.id <= r.last;
-        if found then
-            return;
-        end if;
-    end if;
 
     v_max_deliver := v_pos.max_deliver;
     v_per_group := v_pos.max_per_group;
@@ -1176,10 +1295,46 @@ begin
     end if;
 end $$;
 
+-- Acknowledge what came under one token, as nearly all do: the whole lease of a consumer that has nothing parked goes, and nobody
+-- is waited for. All else goes as below.
+create function sequin_ack_lease(p_consumer uuid, p_token uuid, p_ids bigint[], p_filtered boolean, out done integer, out stale integer)
+language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
+declare
+    v_set    text;
+    v_timed  boolean := random() < 0.0625;  -- how long it took is looked at for few: counting costs more than acknowledging
+    v_grps   bigint[];
+    v_parked integer;
+    v_full   boolean;
+begin
+    if not v_timed and not p_filtered then
+        v_set := set_config('synchronous_commit', 'off', true);
+        delete from leases l where l.token = p_token and l.consumer = p_consumer and l.ids = p_ids
+           and (select p.parked_count = 0 and p.acked_count >= 1000 from consumer_position p where p.consumer = p_consumer
+                order by p.version desc limit 1)
+        returning l.grps || l.grp2s into v_grps;
+        if found then
+            -- A claim that found it out has ended by now: what it did is seen.
+            select p.parked_count, p.is_full into v_parked, v_full from consumer_position p where p.consumer = p_consumer
+             order by p.version desc limit 1;
+            if v_parked > 0 then
+                insert into released (consumer, grps) values (p_consumer, v_grps);
+            end if;
+            if v_parked > 0 or v_full then
+                perform pg_notify('sequin_consumer', p_consumer::text);
+            end if;
+            done := cardinality(p_ids);
+            stale := 0;
+            return;
+        end if;
+    end if;
+    select a.done, a.stale into done, stale
+      from sequin_ack(p_consumer, array_fill(p_token, array[cardinality(p_ids)]), p_ids, p_filtered, v_timed) a;
+end $$;
+
 -- Acknowledge. A receipt (token, id) that names nothing out, and nothing that came back under its token, is stale.
--- p_filtered: they were not delivered, the consumer's filter or transform dropped them.
+-- p_filtered: they were not delivered, the consumer's filter or transform dropped them. p_timed: how long it took is looked at.
 create function sequin_ack(p_consumer uuid, p_tokens uuid[], p_ids bigint[], p_filtered boolean default false,
-                           out done integer, out stale integer)
+                           p_timed boolean default random() < 0.0625, out done integer, out stale integer)
 language plpgsql set enable_seqscan = off set enable_bitmapscan = off set jit = off set plan_cache_mode = force_generic_plan as $$
 declare
     v_pos     record;
@@ -1190,36 +1345,12 @@ declare
     v_dead    integer := 0;
     v_grps    bigint[];
     v_due     integer := 0;
-    v_timed   boolean;
     v_weight  integer;
     v_set     text;
     r         record;
     x         record;
 begin
     v_set := set_config('synchronous_commit', 'off', true);
-    v_timed := random() < 0.0625;  -- how long it took is looked at for few: counting costs more than acknowledging
-    if not v_timed and not p_filtered and p_tokens[1] = all (p_tokens) then
-        -- A whole lease of a consumer that has nothing parked, as nearly always: it goes, and nobody is waited for.
-        with p as materialized (
-            select p.parked_count, p.acked_count from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1
-        )
-        delete from leases l using p
-         where p.parked_count = 0 and p.acked_count >= 1000 and l.token = p_tokens[1] and l.consumer = p_consumer and l.ids = p_ids
-        returning l.grps || l.grp2s into v_grps;
-        if found then
-            -- A claim that found it out has ended by now: what it did is seen.
-            select p.parked_count, p.is_full into v_pos from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1;
-            if v_pos.parked_count > 0 then
-                insert into released (consumer, grps) values (p_consumer, v_grps);
-            end if;
-            if v_pos.parked_count > 0 or v_pos.is_full then
-                perform pg_notify('sequin_consumer', p_consumer::text);
-            end if;
-            done := v_total; stale := 0;
-            return;
-        end if;
-    end if;
-
     -- receivers wait here and not for the row: a row's lock is handed on in two waits
     perform pg_advisory_xact_lock(hashtextextended(p_consumer::text, 0));
     select p.* into v_pos from consumer_position p where p.consumer = p_consumer order by p.version desc limit 1 for update;
@@ -1227,7 +1358,7 @@ begin
         done := 0; stale := v_total;
         return;
     end if;
-    v_weight := case when p_filtered then 0 when v_pos.acked_count < 1000 then 1 when v_timed then 16 else 0 end;
+    v_weight := case when p_filtered then 0 when v_pos.acked_count < 1000 then 1 when p_timed then 16 else 0 end;
     v_grps := '{}';
     v_freed := 0;
 
