@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Hashable
 
 
 class FairSemaphore:
@@ -46,27 +45,57 @@ class FairSemaphore:
         self.release()
 
 
+class Gate(FairSemaphore):
+    users = 0
+    """Who is in, and who waits."""
+
+
 class FewAtOnce:
     """So many at a time for each key, in the order of coming; a key is known as long as somebody is in or waits."""
 
     def __init__(self, count: int) -> None:
         self._count = count
         self._lock = threading.Lock()
-        self._gates: dict[Hashable, FairSemaphore] = {}
-        self._users: Counter[Hashable] = Counter()
+        self._gates: dict[Hashable, Gate] = {}
 
-    @contextmanager
-    def at(self, key: Hashable) -> Iterator[None]:
+    def at(self, key: Hashable) -> Place:
+        """To be entered by `with`."""
+        return Place(self, key)
+
+    def enter(self, key: Hashable) -> None:
         with self._lock:
             gate = self._gates.get(key)
             if gate is None:
-                gate = self._gates[key] = FairSemaphore(self._count)
-            self._users[key] += 1
+                gate = self._gates[key] = Gate(self._count)
+            gate.users += 1
         try:
-            with gate:
-                yield
-        finally:
-            with self._lock:
-                self._users[key] -= 1
-                if not self._users[key]:
-                    del self._users[key], self._gates[key]
+            gate.acquire()
+        except BaseException:
+            self._forget(key, gate)
+            raise
+
+    def leave(self, key: Hashable) -> None:
+        gate = self._gates[key]
+        gate.release()
+        self._forget(key, gate)
+
+    def _forget(self, key: Hashable, gate: Gate) -> None:
+        with self._lock:
+            gate.users -= 1
+            if not gate.users:
+                del self._gates[key]
+
+
+class Place:
+    """At one key's gate, for one at a time."""
+
+    __slots__ = ("_gates", "_key")
+
+    def __init__(self, gates: FewAtOnce, key: Hashable) -> None:
+        self._gates, self._key = gates, key
+
+    def __enter__(self) -> None:
+        self._gates.enter(self._key)
+
+    def __exit__(self, *_: object) -> None:
+        self._gates.leave(self._key)

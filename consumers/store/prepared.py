@@ -10,7 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import psycopg
-from django.db import connection
+from django.db import DEFAULT_DB_ALIAS, connections
 from psycopg import generators
 from psycopg.adapt import Transformer
 from psycopg.pq import ConnStatus, ExecStatus
@@ -41,13 +41,14 @@ class Statement:
 
     def rows(self, parameters: Sequence[bytes | None]) -> list[Row]:
         """Execute it. Raises Django's database errors."""
-        if connection.connection is None:
-            connection.ensure_connection()
-        raw: Connection = connection.connection
+        wrapper = connections[DEFAULT_DB_ALIAS]  # once: looking it up takes four calls
+        if wrapper.connection is None:
+            wrapper.ensure_connection()
+        raw: Connection = wrapper.connection
         try:
             return self._execute(raw, parameters) if raw.autocommit else self._within_transaction(raw, parameters)
         except psycopg.Error:
-            with connection.wrap_database_errors:
+            with wrapper.wrap_database_errors:
                 raise
 
     def _execute(self, raw: Connection, parameters: Sequence[bytes | None]) -> list[Row]:

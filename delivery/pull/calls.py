@@ -21,7 +21,7 @@ from consumers.store import claims, lifecycle
 from consumers.tokens import Caller, recognise
 from delivery.pull import directory, parameters, receipts
 from delivery.pull.directory import Receiver
-from delivery.pull.gates import ACKS, at_store
+from delivery.pull.gates import ACKS, AtStore
 from delivery.pull.waiting import room
 from delivery.transforming import Outgoing, make, settle
 
@@ -59,7 +59,7 @@ def ack(request: Any, caller: Caller, consumer: str) -> bytes:
     receiver = _find(consumer, caller)
     ack_ids = parameters.ack_ids(read_object(request))
     held = receipts.decode(ack_ids)
-    with at_store(receiver.id, ACKS):
+    with AtStore(receiver.id, ACKS):
         done = claims.ack(receiver.id, held).done
     return _settled("acked", done, len(ack_ids))
 
@@ -69,7 +69,7 @@ def nack(request: Any, caller: Caller, consumer: str) -> bytes:
     given = read_object(request)
     ack_ids, delay_ms = parameters.ack_ids(given), parameters.delay_ms(given)
     held = receipts.decode(ack_ids)
-    with at_store(receiver.id):
+    with AtStore(receiver.id):
         done = claims.nack(receiver.id, held, delay_ms).done
     return _settled("nacked", done, len(ack_ids))
 
@@ -79,7 +79,7 @@ def extend(request: Any, caller: Caller, consumer: str) -> bytes:
     given = read_object(request)
     ack_ids, ack_wait_ms = parameters.ack_ids(given), parameters.ack_wait_ms(given, receiver.ack_wait_ms)
     held = receipts.decode(ack_ids)
-    with at_store(receiver.id):
+    with AtStore(receiver.id):
         done = claims.extend(receiver.id, held, ack_wait_ms).done
         if done:
             lifecycle.wake(receiver.id)  # the next lease may now end earlier than the waiters think
@@ -135,7 +135,7 @@ class Taken(NamedTuple):
 def _take(receiver: Receiver, size: int, looked_at: int = 0) -> Taken:
     """`looked_at`: how many messages to look at, where a function drops most: what is too much goes back."""
     try:
-        with at_store(receiver.id), _claiming:
+        with AtStore(receiver.id), _claiming:
             claim = claims.claim(receiver.id, max(size, looked_at), lease_ms=receiver.ack_wait_ms)
         if claim.version is not None and claim.version != receiver.version:
             directory.forget()  # it was edited a moment ago

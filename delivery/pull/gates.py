@@ -4,11 +4,9 @@ So a consumer with hundreds of receivers leaves connections to all others, and t
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from uuid import UUID
 
-from django.db import connection
+from django.db import DEFAULT_DB_ALIAS, connections
 
 from consumers.queueing import FewAtOnce
 
@@ -17,12 +15,21 @@ ACKS = "acks"  # most wait for no claim, so none waits here behind one
 _gates = FewAtOnce(2)  # one at work, and one that begins the moment it has ended
 
 
-@contextmanager
-def at_store(consumer_id: UUID, what: str = "") -> Iterator[None]:
+class AtStore:
     """Wait until few enough others are at this consumer. Neither who waits here nor who has been in holds a connection."""
-    connection.close()
-    with _gates.at((consumer_id, what)):
+
+    __slots__ = ("_connection", "_key")
+
+    def __init__(self, consumer_id: UUID, what: str = "") -> None:
+        self._key = (consumer_id, what)
+
+    def __enter__(self) -> None:
+        self._connection = connections[DEFAULT_DB_ALIAS]
+        self._connection.close()
+        _gates.enter(self._key)
+
+    def __exit__(self, *_: object) -> None:
         try:
-            yield
+            self._connection.close()
         finally:
-            connection.close()
+            _gates.leave(self._key)

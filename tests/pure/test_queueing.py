@@ -66,10 +66,10 @@ def test_one_key_waits_and_another_does_not() -> None:
     with gates.at("a"):
         waiting = started(lambda: _enter(gates, "a", order))
         started(lambda: _enter(gates, "b", order)).join(10)
-        wait_until(lambda: gates._users["a"] == 2)
+        wait_until(lambda: gates._gates["a"].users == 2)
         assert order == ["b"]
     waiting.join(10)
-    assert order == ["b", "a"] and not gates._gates and not gates._users
+    assert order == ["b", "a"] and not gates._gates
 
 
 def _enter(gates: FewAtOnce, key: str, order: list[str]) -> None:
