@@ -575,9 +575,9 @@ create function sequin_relations(p_source uuid, p_tables text[]) returns setof i
 $$;
 
 -- Hand out up to p_limit messages under a new lease: due heads of parked groups first, then the log from the position
--- on. One row a message in log order; or one row without a message. `at_end`: nothing more can be had now;
--- an empty answer without it means that p_scan rows were looked at in vain and the caller asks again.
--- No more than p_max_bytes of rows, except that one message always fits.
+-- on. One row a message in log order; or one row without a message. `at_end`: nothing more can be had now (not looked for
+-- when one was asked for and came); an empty answer without it means that p_scan rows were looked at in vain and the caller
+-- asks again. No more than p_max_bytes of rows, except that one message always fits.
 --
 -- This is the quick way, of a consumer that has neither a `where` nor groups of its own and nothing parked, when none of what
 -- comes next is held up by what is out; all else goes the other. What it costs is mostly how many statements it begins,
@@ -674,7 +674,7 @@ begin
                    set version = v_version + 1, position = sequin_claim.id, out_count = v_out + 1, acked_count = p.acked_count + v_was_out - v_out,
                        lease_floor = coalesce(v_oldest, v_lease), is_full = v_out + 1 >= v_max_out, taken_at = clock_timestamp()
                  where p.consumer = p_consumer and p.version = v_version;
-                at_end := false;  -- not looked at
+                at_end := false;
                 reached := id;
                 deliver_count := 1;
                 return next;

@@ -152,8 +152,8 @@ def part_failed(messages: Iterable[ClaimedMessage], failed: Collection[int]) -> 
 class Claim(NamedTuple):
     """What one claim handed out.
 
-    `at_end`: nothing more can be had now. `next_due_ms`: when nothing was handed out, milliseconds until the next lease
-    ends or the next parked message falls due, None when nothing is under way.
+    `at_end`: nothing more can be had now; not looked for when one was asked for and came. `next_due_ms`: when nothing was
+    handed out, milliseconds until the next lease ends or the next parked message falls due, None when nothing is under way.
     """
 
     token: UUID | None
