@@ -38,7 +38,7 @@ def test_those_who_ask_at_once_look_once(lookup: Any) -> None:
         askers = [threading.Thread(target=_ask, args=(find, found)) for _ in range(8)]
         for asker in askers:
             asker.start()
-        until(lambda: [*lookups._loading._users.values()] == [8])
+        until(lambda: [gate.users for gate in lookups._loading._gates.values()] == [8])
         until(lambda: waiting_for_table(conn, table) == 1)
         assert not found
     for asker in askers:

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -198,13 +198,24 @@ def kill_under_load(installation: Installation, victims: list[str], name: str) -
         recovery_s = max(recovery_s, time.monotonic() - began)
     writer.stopping.set()
     writer.join(10)
-    with installation.source() as source:
-        committed = {(key, number) for key, number in source.execute("SELECT key, number FROM load").fetchall()}
+    committed = {(key, number) for key, number in answer(installation.source, "SELECT key, number FROM load")}
     assert len(committed) > 20
     for arrivals, what in ((pulled, "pull"), (pushed, "push")):
         wait_until(lambda: committed <= arrivals.seen, 40, f"all of {len(committed)} by {what}")  # noqa: B023
         assert arrivals.seen == committed, "nothing arrives that was not committed"
         assert not arrivals.overtaken(), f"{what}: a key's messages arrived out of order"
     puller.stopping.set()
-    with installation.store() as store:
-        verdict(name, committed, stored(lambda query: store.execute(query).fetchall()), recovery_s=recovery_s, peak=peak)  # type: ignore[arg-type]
+    verdict(name, committed, stored(lambda query: answer(installation.store, query)), recovery_s=recovery_s, peak=peak)  # type: ignore[arg-type]
+
+
+def answer(connect: Callable[[], psycopg.Connection[Any]], query: str) -> list[tuple[Any, ...]]:
+    """What the server says once it is back: what was on its way goes on arriving for a moment when its first process is killed."""
+
+    def ask() -> tuple[list[tuple[Any, ...]]] | None:
+        try:
+            with connect() as conn:
+                return (conn.execute(query).fetchall(),)  # type: ignore[arg-type]
+        except psycopg.OperationalError:
+            return None
+
+    return wait_until(ask, RECOVERY_S, "the server to answer")[0]  # type: ignore[no-any-return]
