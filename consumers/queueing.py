@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 
 
 class FairSemaphore:
@@ -58,9 +59,13 @@ class FewAtOnce:
         self._lock = threading.Lock()
         self._gates: dict[Hashable, Gate] = {}
 
-    def at(self, key: Hashable) -> Place:
-        """To be entered by `with`."""
-        return Place(self, key)
+    @contextmanager
+    def at(self, key: Hashable) -> Iterator[None]:
+        self.enter(key)
+        try:
+            yield
+        finally:
+            self.leave(key)
 
     def enter(self, key: Hashable) -> None:
         with self._lock:
@@ -84,18 +89,3 @@ class FewAtOnce:
             gate.users -= 1
             if not gate.users:
                 del self._gates[key]
-
-
-class Place:
-    """At one key's gate, for one at a time."""
-
-    __slots__ = ("_gates", "_key")
-
-    def __init__(self, gates: FewAtOnce, key: Hashable) -> None:
-        self._gates, self._key = gates, key
-
-    def __enter__(self) -> None:
-        self._gates.enter(self._key)
-
-    def __exit__(self, *_: object) -> None:
-        self._gates.leave(self._key)

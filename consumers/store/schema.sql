@@ -658,34 +658,32 @@ begin
                     and (r.schema_name || '.' || r.table_name = any (v_tables) or r.schema_name || '.*' = any (v_tables));
                 v_hit := found;
             end if;
-            if v_was_out > 0 then
-                select min(l.id), min(l.until), coalesce(sum(cardinality(l.ids)), 0),
-                       v_tied or coalesce(bool_or(sequin_claim.grp = any (l.grps) or sequin_claim.grp = any (l.grp2s)), false)
-                  into v_oldest, v_until, v_out, v_tied
-                  from leases l where l.consumer = p_consumer and l.id >= v_floor;
-            end if;
-            if v_hit and not v_tied and v_out < v_max_out and v_until > clock_timestamp() is not false then
-                token := gen_random_uuid();
-                insert into leases (token, consumer, source, until, ids, grps, grp2s, counts, holder)
-                values (sequin_claim.token, p_consumer, sequin_claim.source, clock_timestamp() + p_lease_ms * interval '1 ms',
-                        array[sequin_claim.id], array[sequin_claim.grp], '{null}', '{1}', p_holder)
-                returning leases.id into v_lease;
-                update consumer_position p
-                   set version = v_version + 1, position = sequin_claim.id, out_count = v_out + 1, acked_count = p.acked_count + v_was_out - v_out,
-                       lease_floor = coalesce(v_oldest, v_lease), is_full = v_out + 1 >= v_max_out, taken_at = clock_timestamp()
-                 where p.consumer = p_consumer and p.version = v_version;
-                at_end := false;
-                reached := id;
-                deliver_count := 1;
-                return next;
-                return;
-            end if;
-        else
-            if v_was_out > 0 then
-                select min(l.id), min(l.until), coalesce(sum(cardinality(l.ids)), 0) into v_oldest, v_until, v_out
-                  from leases l where l.consumer = p_consumer and l.id >= v_floor;
-            end if;
-            if v_out < v_max_out and v_until > clock_timestamp() is not false then
+        end if;
+        if v_was_out > 0 then
+            select min(l.id), min(l.until), coalesce(sum(cardinality(l.ids)), 0),
+                   v_tied or coalesce(bool_or(sequin_claim.grp = any (l.grps) or sequin_claim.grp = any (l.grp2s)), false)
+              into v_oldest, v_until, v_out, v_tied
+              from leases l where l.consumer = p_consumer and l.id >= v_floor;
+        end if;
+        if v_out < v_max_out and v_until > clock_timestamp() is not false then
+            if p_limit = 1 then
+                if v_hit and not v_tied then
+                    token := gen_random_uuid();
+                    insert into leases (token, consumer, source, until, ids, grps, grp2s, counts, holder)
+                    values (sequin_claim.token, p_consumer, sequin_claim.source, clock_timestamp() + p_lease_ms * interval '1 ms',
+                            array[sequin_claim.id], array[sequin_claim.grp], '{null}', '{1}', p_holder)
+                    returning leases.id into v_lease;
+                    update consumer_position p
+                       set version = v_version + 1, position = sequin_claim.id, out_count = v_out + 1, acked_count = p.acked_count + v_was_out - v_out,
+                           lease_floor = coalesce(v_oldest, v_lease), is_full = v_out + 1 >= v_max_out, taken_at = clock_timestamp()
+                     where p.consumer = p_consumer and p.version = v_version;
+                    at_end := false;
+                    reached := id;
+                    deliver_count := 1;
+                    return next;
+                    return;
+                end if;
+            else
                 v_room := least(p_limit, v_max_out - v_out);
                 if v_out > 0 then
                     v_grps := array(select g from leases l, unnest(l.grps || l.grp2s) g
@@ -740,17 +738,16 @@ begin
                 if found then
                     return;
                 end if;
-                select min(m.id) into id from (
-                    select m.id from messages m where m.source = sequin_claim.source and m.id > v_position order by m.id limit 1) m;
+                select m.id into id from messages m where m.source = sequin_claim.source and m.id > v_position order by m.id limit 1;
             end if;
-        end if;
-        if id is null and v_out = v_was_out and v_out < v_max_out and v_until > clock_timestamp() is not false then
-            -- The end, and nothing has changed since the last claim.
-            at_end := true;
-            next_due_ms := ceil(extract(epoch from v_until - clock_timestamp()) * 1000);
-            reached := v_position;
-            return next;
-            return;
+            if id is null and v_out = v_was_out then
+                -- The end, and nothing has changed since the last claim.
+                at_end := true;
+                next_due_ms := ceil(extract(epoch from v_until - clock_timestamp()) * 1000);
+                reached := v_position;
+                return next;
+                return;
+            end if;
         end if;
     end if;
     return query select * from sequin_claim_any(p_consumer, p_limit, p_lease_ms, p_holder, p_scan, p_max_bytes);

@@ -15,6 +15,7 @@ from consumers import publishing
 from consumers.models import Backfill, Consumer, HttpEndpoint, Source
 from consumers.store import backfills
 from tests.conftest import SourceDatabase
+from tests.store.world import beginning
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -71,14 +72,10 @@ def test_what_is_edited_is_handed_out_while_a_source_is_waited_for(
     said: list[str] = []
 
     def load() -> None:
-        try:
-            said.append(fixture(consumer={"ack_wait_ms": 7000}, more=[{"name": "other", "tables": ["public.orders"], "kind": "pull"}]))
-            said.append(fixture(consumer={"ack_wait_ms": 8000}, more=[{"name": "other", "tables": ["public.more"], "kind": "pull"}]))
-        finally:
-            connection.close()
+        said.append(fixture(consumer={"ack_wait_ms": 7000}, more=[{"name": "other", "tables": ["public.orders"], "kind": "pull"}]))
+        said.append(fixture(consumer={"ack_wait_ms": 8000}, more=[{"name": "other", "tables": ["public.more"], "kind": "pull"}]))
 
-    loading = threading.Thread(target=load)
-    loading.start()
+    loading = beginning(load)
     try:
         assert waits.wait(10)
         with connection.cursor() as cursor:

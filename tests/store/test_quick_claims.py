@@ -9,13 +9,16 @@ from uuid import UUID
 import pytest
 
 from consumers.store import claims
-from tests.store.world import Log, fetch
+from tests.store.world import SHAPE, Log, fetch
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
 STEPS = 60
 HOUR_MS = 3_600_000
-SAME = ["deliver_count", "grp", "grp2", "max_batch", "relation", "action", "record", "changes", "key", "commit_idx", "committed_at", "epoch", "unchanged", "old_values_known", "annotations", "backfill", "replay"]  # fmt: skip
+SAME = (
+    "deliver_count", "grp", "grp2", "max_batch", "relation", "action", "record", "changes", "key", "commit_idx", "committed_at", "epoch",
+    "unchanged", "old_values_known", "annotations", "backfill", "replay",
+)  # fmt: skip
 STANDING = "SELECT out_count, parked_count, dead_count, acked_count, failed_count FROM consumer_standing WHERE consumer = %s"
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -65,16 +68,14 @@ class Twins:
         self.log.append(row)
 
     def elsewhere(self) -> int:
-        from tests.store.world import SHAPE
-
         return self.log.appender.register_relation(1, SHAPE._replace(oid=7777, schema=self.randomly.choice(["other", "public"]), table="others"))
 
     def append_for_each(self) -> None:
         """As a backfill does: a message for one consumer alone, here the same for both."""
         self.log.append(self.log.row(9, action=b"I"), self.log.row(9, action=b"I"))
-        for twin, back in zip(self.both(), (2, 1), strict=True):
+        for twin, back in zip(self.both(), (1, 0), strict=True):
             fetch("UPDATE messages SET consumer = %s, record = '{\"id\":9}', action = 'R'"
-                  " WHERE id = (SELECT id FROM messages ORDER BY id DESC OFFSET %s LIMIT 1)", twin, back - 1)  # fmt: skip
+                  " WHERE id = (SELECT id FROM messages ORDER BY id DESC OFFSET %s LIMIT 1)", twin, back)  # fmt: skip
 
     def begin_later(self) -> None:
         fetch("UPDATE consumer_position SET start_lsn = %s WHERE consumer = ANY (%s)", self.log.lsn + 25, list(self.both()))
