@@ -7,7 +7,6 @@ from __future__ import annotations
 import logging
 import re
 import signal
-import threading
 import time
 from typing import Any
 
@@ -34,6 +33,7 @@ STEADY_S = 10.0  # a connection that lived so long was a good one: the next paus
 STANDBY_LOOK_S = 1.0
 BEAT_EVERY_S = 2.0
 DISK_EVERY_S = 1.0
+TICK_S = 0.1
 WATCH_EVERY_S = 10
 SAME_FAILURES = 5  # of the server's decoding, at the same place: then it is not tried as often any more
 PASSING = (SourceUnreachable, StreamEnded, ProgressMoved, psycopg.Error, DatabaseError, OSError)
@@ -46,7 +46,7 @@ class Reading:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._stop = threading.Event()
+        self.stopping = False  # no threading.Event: the handler that sets it would wait for a lock that the wait it interrupts may hold
         self._beat_at = 0.0
         self._disk_at = -DISK_EVERY_S
         self._disk: str | None = None
@@ -55,13 +55,13 @@ class Reading:
         self._failures = 0
 
     def stop(self, *_: Any) -> None:
-        self._stop.set()
+        self.stopping = True
 
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
         pause = FIRST_PAUSE_S
-        while not self._stop.is_set():
+        while not self.stopping:
             began = time.monotonic()
             try:
                 if self.source.status == "paused":
@@ -73,7 +73,7 @@ class Reading:
                 self._trouble(error)
                 if time.monotonic() - began > STEADY_S:
                     pause = FIRST_PAUSE_S
-                self._stop.wait(UNUSABLE_PAUSE_S.get(getattr(error, "state", ""), pause))
+                self._wait(UNUSABLE_PAUSE_S.get(getattr(error, "state", ""), pause))
                 pause = min(pause * 2, LONGEST_PAUSE_S)
             self._alive()
 
@@ -85,28 +85,35 @@ class Reading:
                     log.info("standing by source=%s: another process reads it", self.source.name)
                     standing_by = True
                 self._alive()
-                if self._stop.is_set():
+                if self.stopping:
                     return
             self._reader = self.reader_class(
-                self.source, appender, stopping=self._stop.is_set, report=self._report, alive=self._alive, shortage=self._look_at_disk
+                self.source, appender, stopping=lambda: self.stopping, report=self._report, alive=self._alive, shortage=self._look_at_disk
             )
             self._reader.run()
 
     def _watch(self) -> None:
         """Look at the slot of a paused source, again and again; one that never was read has none to look at."""
         if not lifecycle.has_begun(self.source.pk):
-            self._stop.wait(STANDBY_LOOK_S)
+            self._wait(STANDBY_LOOK_S)
             return
         with connect(self.source) as control:
             limit = surroundings.idle_limit(control)
-            while not self._stop.is_set():
+            while not self.stopping:
                 with cut_after(control.fileno(), surroundings.LOOK_WITHIN_S):
                     slot = surroundings.look_at_slot(control, self.source)
                 self._report(slot._replace(warnings=slot.warnings + limit), state="paused")
                 for _ in range(WATCH_EVERY_S):
                     self._alive()
-                    if self._stop.wait(1.0):
+                    self._wait(1.0)
+                    if self.stopping:
                         return
+
+    def _wait(self, seconds: float) -> None:
+        """For so long, or until told to stop."""
+        end = time.monotonic() + seconds
+        while not self.stopping and (left := end - time.monotonic()) > 0:
+            time.sleep(min(TICK_S, left))
 
     def _look_at_disk(self) -> str | None:
         """At most once a second: a stat each batch would be felt."""

@@ -47,7 +47,6 @@ def source(source_database: SourceDatabase, make_source: Any) -> Source:
 def living(source: Source) -> Iterator[None]:
     """A reader that connects again after whatever breaks, in a thread."""
     reading = Reading(source)
-    reading._stop = threading.Event()
 
     def run() -> None:
         try:

@@ -167,7 +167,7 @@ def test_a_consumer_whose_table_no_longer_arrives_is_named(begin: Any, source_da
     def seen() -> bool:
         if SourceStatus.objects.filter(pk=source.pk, state="active").exists():
             reading.stop()
-        return reading._stop.is_set()
+        return reading.stopping
 
     monkeypatch.setattr(reading, "_alive", seen)
     reading.run()

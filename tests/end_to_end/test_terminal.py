@@ -10,14 +10,13 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 PROGRAM = """
-import signal, sys, threading
+import signal, sys
 sys.path.insert(0, {root!r})
 from sequinapp.terminal import terminal_of_our_own
-heard = threading.Event()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # it may come before it is waited for
 with terminal_of_our_own():
-    signal.signal(signal.SIGINT, lambda *_: heard.set())
     print("ready", flush=True)
-    heard.wait()
+    signal.sigwait([signal.SIGINT])
 """
 
 

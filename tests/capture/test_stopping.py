@@ -1,0 +1,30 @@
+"""The signal that tells a reader to stop may come at any moment of its waiting."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+PROGRAM = """
+import faulthandler, random, signal
+import django
+django.setup()
+from capture.reading import Reading
+from consumers.models import Source
+faulthandler.dump_traceback_later(60, exit=True)
+for _ in range(20_000):
+    reading = Reading(Source())
+    signal.signal(signal.SIGALRM, reading.stop)
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 1e-4))
+    while not reading.stopping:
+        reading._wait(0.00005)
+print("all heard")
+"""
+
+
+def test_whenever_a_signal_comes_it_is_heard() -> None:
+    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "sequinapp.settings"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "all heard\n", done.stderr
