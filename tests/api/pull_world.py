@@ -7,7 +7,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from consumers.store import lifecycle
 from consumers.store.appender import Appender
 from consumers.store.types import ColumnShape, LogRow, Progress, RelationShape
 from consumers.tokens import create_token
+from tests.ports import new_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE_COLUMNS = (ColumnShape("id", 23, -1, "integer"), ColumnShape("status", 25, -1, "text"))
@@ -142,9 +142,7 @@ def until(condition: Any, *, within_s: float = 10.0) -> Any:
 @contextmanager
 def web_server(**environment: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """The real web server in a process of its own, on the database of this test."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = new_port()
     process = subprocess.Popen(
         [sys.executable, "manage.py", "run_web", "--host", "127.0.0.1", "--port", str(port)],
         cwd=ROOT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def typed(command: list[str], directory: Path, *answers: tuple[bytes, bytes]) ->
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(directory)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background of a shell's script has it ignored, and so would these
         os.execvpe(command[0], command, {name: value for name, value in os.environ.items() if not name.startswith("MAKE")})
     printed = b""
     todo = list(answers)

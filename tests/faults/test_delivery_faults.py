@@ -30,6 +30,7 @@ from tests.api.pull_world import Client as PullClient
 from tests.cluster import Cluster
 from tests.conftest import wait_until
 from tests.faults.rig import Scene, timed
+from tests.ports import new_port
 from tests.push.endpoint import Endpoint, Got, status
 from tests.push.test_pump import delivered, endpoint, pump, pump_process, push_to  # noqa: F401
 from tests.store.world import Log
@@ -393,9 +394,7 @@ class Redis:
     """A Redis server of its own, which may go and come back."""
 
     def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = new_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()
 
