@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
@@ -72,8 +73,11 @@ def _run(consumer_id: UUID, transform: str, calls: list[Call]) -> list[Result]:
         return [LuaError(f"cannot be run: {error.strerror or error}", None)] * len(calls)
 
 
-def settle(consumer_id: UUID, token: UUID, made: Made) -> list[Outgoing]:
-    """Tell the store what is not delivered now. Returns what is: without what follows a failed message in its group."""
+def settle(consumer_id: UUID, token: UUID, made: Made, version: datetime) -> list[Outgoing]:
+    """Tell the store what is not delivered now. Returns what is: without what follows a failed message in its group.
+
+    `version`: of the configuration whose function was run.
+    """
     if not (made.dropped or made.failed or made.left):
         return made.ready
     errors = {message.id: error for message, error in made.failed}
@@ -87,7 +91,7 @@ def settle(consumer_id: UUID, token: UUID, made: Made) -> list[Outgoing]:
     if left:
         claims.give_back(consumer_id, left)
     if failing:
-        claims.fail(consumer_id, [_failure(token, message, errors[message.id]) for message in failing])
+        claims.fail(consumer_id, [_failure(token, message, errors[message.id]) for message in failing], version)
     return [item for item in made.ready if item.message.id in goes]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -89,13 +90,18 @@ def nack(consumer_id: UUID, receipts: Sequence[tuple[UUID, int]], delay_ms: int 
     )  # fmt: skip
 
 
-def fail(consumer_id: UUID, failures: Sequence[Failure]) -> Settled:
+def fail(consumer_id: UUID, failures: Sequence[Failure], by: datetime | None = None) -> Settled:
     """Park messages whose push failed; past the consumer's max_deliver as dead letters.
 
     Later messages of their groups from the same claim come back with them, as if they had never been handed out.
+    `by`: where a filter or transform failed, the version of the configuration that has it. Mended since, they are due at once.
     """
     tokens, ids, delays, errors, statuses, reasons, batches = _columns(failures, 7)
-    return _return(consumer_id, tokens, ids, delays, reasons, errors, statuses, batches, sent=False)
+    settled = _return(consumer_id, tokens, ids, delays, reasons, errors, statuses, batches, sent=False)
+    if by is not None:
+        # Whoever has mended it meanwhile did not find these among what had failed.
+        _fetch("SELECT sequin_mended(id) FROM consumers_consumer WHERE id = %s AND updated_at <> %s", [consumer_id, by])
+    return settled
 
 
 def give_back(consumer_id: UUID, messages: Sequence[tuple[UUID, ClaimedMessage]]) -> int:
@@ -155,10 +161,7 @@ def _judged_again(
     if dropped:
         drop(consumer_id, dropped)
     if failures:
-        fail(consumer_id, failures)
-        # Whoever has mended the filter meanwhile did not find these among what failed by the one of before.
-        query = "SELECT sequin_mended(id) FROM consumers_consumer WHERE id = %s AND updated_at <> %s"
-        _fetch(query, [consumer_id, scout.plan.version])
+        fail(consumer_id, failures, scout.plan.version)
     return kept
 
 

@@ -145,7 +145,7 @@ def _take(receiver: Receiver, size: int, looked_at: int = 0) -> Taken:
         if claim.token is None:
             return Taken(None, [], claim.at_end, claim.next_due_ms)
         made = make(receiver.id, receiver.transform, receiver.to, claim.messages, min(TRANSFORM_S, receiver.ack_wait_ms / 4000))
-        ready = settle(receiver.id, claim.token, made)
+        ready = settle(receiver.id, claim.token, made, receiver.version)
         if len(ready) > size:
             claims.give_back(receiver.id, [(claim.token, item.message) for item in ready[size:]])
         return Taken(claim.token, ready[:size], claim.at_end and len(ready) == len(claim.messages) <= size, None)

@@ -16,6 +16,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -80,6 +81,8 @@ class Transformed(NamedTuple):
     """A transform has run on some messages of a consumer."""
 
     consumer_id: UUID
+    version: datetime
+    """Of the configuration whose function it was."""
     items: list[InHand]
     made: Made
 
@@ -292,7 +295,7 @@ class Pump:
             except Exception as error:  # the machine has run out of something; the lane would wait for this for ever
                 log.exception("transform cannot be run consumer=%s", target.consumer_name)
                 made = Made([], [], [(message, LuaError(f"cannot be run: {error}"[:300], None)) for message in messages], [])
-            self._tell(Transformed(target.consumer_id, items, made))
+            self._tell(Transformed(target.consumer_id, target.version, items, made))
 
         self._transforms.submit(run)
 
@@ -310,7 +313,7 @@ class Pump:
             [(message, error) for message, error in made.failed if message.id in ours], [m for m in made.left if m.id in ours],
         )  # fmt: skip
         token = next(iter(ours.values())).token
-        going = settle(event.consumer_id, token, still)
+        going = settle(event.consumer_id, token, still, event.version)
         lane.claimed(token, [item.message for item in going])
         lane.pending.extend(InHand(token, item.message, item.payload, idempotency_key(item.message)) for item in going)
         lane.hungry = True

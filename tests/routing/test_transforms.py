@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -84,6 +85,57 @@ def test_pull_parks_what_fails_and_gives_it_once_the_function_is_mended(log: Log
     changes.save(consumer)
     items = receive(api, consumer)
     assert [item["data"] for item in items] == [{"mended": 2}, {"mended": 2}] and [item["deliver_count"] for item in items] == [3, 1]
+
+
+@pytest.fixture
+def mended_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Consumer], None]:
+    """The function has failed, the store does not know it yet, and then the function is saved anew."""
+
+    def prepare(consumer: Consumer) -> None:
+        run, done = transforming._run, []
+
+        def edit_after_it(*given: Any) -> Any:
+            results = run(*given)
+            if not done:
+                done.append(True)
+                edited = Consumer.objects.get(pk=consumer.pk)
+                edited.transform = "function transform(action, record) return {mended = record.id} end"
+                changes.save(edited)
+                connection.close()
+            return results
+
+        monkeypatch.setattr(transforming, "_run", edit_after_it)
+
+    return prepare
+
+
+def test_pull_gives_at_once_what_failed_by_the_function_of_before(log: Log, api: Api, mended_while_it_runs: Any) -> None:  # noqa: F811
+    consumer = pull(log, BREAKS)
+    mended_while_it_runs(consumer)
+    log.append(log.row(2), log.row(2))
+    items = receive(api, consumer) or receive(api, consumer)
+    assert [item["data"] for item in items] == [{"mended": 2}, {"mended": 2}]
+
+
+def test_push_sends_at_once_what_failed_by_the_function_of_before(
+    log: Log, endpoint: Any, pump: Any, mended_while_it_runs: Any, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    monkeypatch.setattr(transforming, "delay_ms", lambda *_: 3_600_000)
+    reconfigure, fail, failed = Pump._reconfigure, transforming.claims.fail, threading.Event()
+    monkeypatch.setattr(Pump, "_reconfigure", lambda pump: reconfigure(pump) if failed.is_set() else None)  # its notice comes after the failure
+
+    def note(*given: Any) -> Any:
+        settled = fail(*given)
+        failed.set()
+        return settled
+
+    monkeypatch.setattr(transforming.claims, "fail", note)
+    where = endpoint()
+    mended_while_it_runs(Consumer.objects.get(pk=push_to(log, where, transform=BREAKS)))
+    log.append(log.row(2))
+    pump()
+    wait_until(lambda: where.got, 10, "it to arrive")
+    assert where.got[0].json == {"mended": 2} and failed.is_set()
 
 
 def test_a_function_that_always_fails_ends_in_dead_letters(log: Log, api: Api) -> None:  # noqa: F811
