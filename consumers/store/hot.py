@@ -32,7 +32,8 @@ LOOK_EVERY_S, RECONNECT_S = 1.0, 2.0
 
 _OLDEST_SQL = """
     SELECT greatest(
-        (SELECT max(age(backend_xmin)) FROM pg_stat_activity WHERE pid <> pg_backend_pid()),
+        (SELECT max(age(backend_xmin)) FROM pg_stat_activity
+         WHERE pid <> pg_backend_pid() AND backend_type IS DISTINCT FROM 'autovacuum worker'),  -- which keeps nobody from cleaning up
         (SELECT max(age(xmin)) FROM pg_replication_slots),
         (SELECT max(age(transaction)) FROM pg_prepared_xacts))
 """

@@ -20,7 +20,7 @@ from tests.conftest import ROOT, process_environment, wait_until
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("quick_reader")]
 
-STALL_S = 5.0
+STALL_S = 15.0
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ def test_sigterm_stops_capture_cleanly(source_database: SourceDatabase, make_sou
     source_database.execute("INSERT INTO orders VALUES (1, 'a')")
     captured(1)
     process.terminate()
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_slot_made_anew_is_a_gap_and_not_healthy(source_database: SourceDatabase, make_source: Any, run: Any) -> None:
@@ -185,7 +185,7 @@ def test_a_slot_made_anew_is_a_gap_and_not_healthy(source_database: SourceDataba
     source_database.execute("INSERT INTO orders VALUES (1, 'a')")
     captured(1)
     process.terminate()
-    process.wait(10)
+    process.wait(60)
     source_database.execute("SELECT pg_drop_replication_slot(%s)", [source.slot_name])
     source_database.execute("INSERT INTO orders VALUES (2, 'lost')")
     source_database.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [source.slot_name])

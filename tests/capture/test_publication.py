@@ -191,7 +191,7 @@ def test_a_locked_table_stops_nothing(begin: Any, source_database: SourceDatabas
             source_database.execute("ALTER PUBLICATION sequin_pub ADD TABLE u")
             for number in range(3):
                 source_database.execute("INSERT INTO u VALUES (%s)", [number])
-                await_messages(number + 1, timeout=2)
+                await_messages(number + 1, timeout=20)
             assert [finding.name for finding in findings(source) if not finding.ok] == ["checked"]
             busy.commit()
             await_messages(4)

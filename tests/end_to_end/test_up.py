@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
 
 
 def pushed(installation: Installation, text: str) -> Any:
-    return wait_until(lambda: text in str(installation.call("GET", "/receiver/arrivals")[1]), 15, f"{text} at the receiver")
+    return wait_until(lambda: text in str(installation.call("GET", "/receiver/arrivals")[1]), 30, f"{text} at the receiver")
 
 
 def test_a_change_reaches_the_waiting_client_and_the_receiver(installation: Installation) -> None:
@@ -91,8 +91,8 @@ def test_what_is_killed_comes_back(installation: Installation, victim: str) -> N
     def received() -> bool:
         try:
             messages = installation.receive(PULL, wait="1s")
-        except OSError:
-            return False  # the web server is coming back
+        except (OSError, AssertionError):
+            return False  # the web server is coming back, or its store is
         if messages:
             installation.ack(PULL, messages)
         return mark in str(messages)
@@ -106,7 +106,8 @@ def test_every_process_of_the_cluster_may_be_killed(installation: Installation) 
     """Pumps, the sentinel, its helpers: after each SIGKILL pushes go on, if need be by a cluster started anew."""
     for number in range(6):
         pids = installation.pids("run_workers --cluster")[1:]
-        os.kill(pids[number % len(pids)], signal.SIGKILL)
+        with suppress(ProcessLookupError):  # helpers come and go
+            os.kill(pids[number % len(pids)], signal.SIGKILL)
         mark = f"cluster-{number}"
         with installation.source() as source:
             source.execute("INSERT INTO orders (customer_id, status) VALUES (2, %s)", [mark])
@@ -147,7 +148,7 @@ def test_whatever_is_stopped_is_woken_or_replaced(installation: Installation) ->
 def take_records(installation: Installation) -> list[Any]:
     try:
         messages = installation.receive(PULL, wait="1s")
-    except OSError:
+    except (OSError, AssertionError):  # not there, or it says that its store is not
         return []
     if messages:
         installation.ack(PULL, messages)

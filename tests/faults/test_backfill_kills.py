@@ -24,7 +24,7 @@ from tests.faults.test_kill_loop import VICTIMS, installation, strike  # noqa: F
 from tests.installation import Installation
 
 WRITERS, HOT = 4, 1_000
-SHORT_ROWS, LONG_ROWS = 30_000, 10_000_000
+SHORT_ROWS, LONG_ROWS = 60_000, 10_000_000
 EVERY_S = 15.0
 IN_THE_SUITE = ["run_capture --reader", "postgres", "run_workers --cluster"]  # each as soon as it has got on again
 

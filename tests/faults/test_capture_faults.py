@@ -193,6 +193,7 @@ def test_slow_storing_does_not_cost_the_connection(scene: Scene) -> None:
         kept = "SELECT now() - reply_time < interval '4 s' FROM pg_stat_replication"
         while time.monotonic() - waited < 9:  # beyond the 6 s of wal_sender_timeout
             assert scene.cluster.execute(kept) == [(True,)]
+            time.sleep(0.1)
     scene.recovers()
     assert scene.cluster.execute("SELECT pid FROM pg_stat_replication") == sender, "the same connection"
     scene.verdict("The store slow for 9 s")

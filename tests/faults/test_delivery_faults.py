@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -67,6 +68,11 @@ def say(name: str, where: Endpoint, expected: int, extra: str = "") -> None:
     assert len(seen) == expected and kept, line
 
 
+def kill(pid: int) -> None:
+    with suppress(ProcessLookupError):  # it went with its parent
+        os.kill(pid, signal.SIGKILL)
+
+
 def overdue_s() -> float:
     """For how long the lease that ended first has been waiting to be taken back."""
     with connection.cursor() as cursor:
@@ -93,7 +99,7 @@ def test_f2_workers_are_killed_again_and_again(log: Log, endpoint: Any, run: Any
             longest = max(longest, overdue_s())
         workers = [pid for pid in _descendants(watcher.pid)[1:] if pid != watcher.pid]
         for victim in chance.sample(workers, min(len(workers), chance.choice([1, 1, 2, len(workers)]))):
-            os.kill(victim, signal.SIGKILL)
+            kill(victim)
             kills += 1
     for consumer in consumers:
         delivered(consumer, sent, timeout=120)
@@ -161,7 +167,7 @@ def test_f3_the_web_server_is_killed_during_acks(log: Log, run: Any, free_port: 
             wait_until(lambda: counters(consumer.pk)[3] > before + 20 or counters(consumer.pk)[3] == rows, 60, "acks")  # noqa: B023
             stopping.wait(chance.uniform(0, 0.1))
             for pid in _descendants(process.pid):
-                os.kill(pid, signal.SIGKILL)
+                kill(pid)
             process.wait(10)
             kills += 1
             if kills == (40 if long_run else 3):
@@ -438,7 +444,7 @@ def test_the_broker_goes_away_and_comes_back(log: Log, endpoint: Any, run: Any, 
     delivered(consumer, 2)
     with connection.cursor() as cursor:
         cursor.execute("SELECT pid FROM heartbeats WHERE process = 'pump' ORDER BY at DESC LIMIT 1")
-        os.kill(cursor.fetchone()[0], signal.SIGKILL)
+        kill(cursor.fetchone()[0])
     log.append(log.row(3))
     with connection.cursor() as cursor:
         cursor.execute("SELECT clock_timestamp()")
@@ -510,7 +516,7 @@ def test_two_of_everything_and_one_is_killed(  # noqa: F811
             tree = _descendants(victim.pid)
             mark = len(where.got), len(pulled)
             for pid in tree:
-                os.kill(pid, signal.SIGKILL)
+                kill(pid)
             with timed() as took:
                 wait_until(lambda: len(where.got) > mark[0] + 20 and len(pulled) > mark[1] + 20, 30, "the other to take over")  # noqa: B023
                 recovery = max(recovery, took())

@@ -77,7 +77,7 @@ def test_a_child_killed_while_idle_is_replaced(transformer) -> None:
 
 
 def test_a_child_that_hangs_is_replaced(transformer, monkeypatch) -> None:
-    monkeypatch.setattr("consumers.lua.child.DEADLINE_S", 0.3)
+    monkeypatch.setattr("consumers.lua.child.DEADLINE_S", 1.5)
     one = transformer(IDS)
     one.run([call()])
     os.kill(one.pid, signal.SIGSTOP)
@@ -86,7 +86,7 @@ def test_a_child_that_hangs_is_replaced(transformer, monkeypatch) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_message_that_ends_two_children_gets_an_error(transformer, monkeypatch, how: signal.Signals) -> None:
-    monkeypatch.setattr("consumers.lua.child.DEADLINE_S", 0.3)
+    monkeypatch.setattr("consumers.lua.child.DEADLINE_S", 1.5)
     ready = Transformer._ready
     hit: list[int] = []
 
