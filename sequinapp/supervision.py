@@ -123,6 +123,12 @@ class Supervisor:
                 self._kill_wedged(now)
             time.sleep(0.1)
 
+    def restart(self) -> None:
+        """End every child; they are started again as any that ended."""
+        for child in self._children:
+            if child.process is not None:
+                child.process.terminate()
+
     def stop_all(self) -> None:
         """Ask every child to stop, and end by force those that do not within STOP_WITHIN_S."""
         running = [child.process for child in self._children if child.process is not None and child.process.poll() is None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -162,13 +163,42 @@ def web_answers(installation: Installation) -> bool:
         return False
 
 
+def test_the_store_moves_when_another_process_has_taken_its_port(installation: Installation) -> None:
+    assert installation.process is not None
+    keys = installation.home / "keys"
+    port = int((keys / "postgres_port").read_text())
+    installation.process.send_signal(signal.SIGSTOP)  # it sees afterwards what happened
+    with socket.socket() as taken:
+        try:
+            os.kill(installation.pids("/postgres -D")[0], signal.SIGKILL)
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            wait_until(lambda: binds(taken, port), 20, "the port to be free")
+            taken.listen()
+        finally:
+            installation.process.send_signal(signal.SIGCONT)
+        wait_until(lambda: f"127.0.0.1:{port}/" not in installation.psql_url(), 30, "the new place to be said")
+        with installation.source() as source:
+            source.execute("INSERT INTO orders (customer_id, status) VALUES (2, 'after-the-move')")
+        wait_until(lambda: web_answers(installation) and "after-the-move" in str(take_records(installation)), 30, "the change by pull")
+        pushed(installation, "after-the-move")
+    assert int((keys / "postgres_port").read_text()) != port
+
+
+def binds(one: socket.socket, port: int) -> bool:
+    try:
+        one.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    return True
+
+
 def test_ctrl_c_stops_everything_with_status_0_and_it_starts_again(installation: Installation) -> None:
     assert installation.process is not None
     with closing(installation.store()) as store:
         store.execute("LISTEN sequin_stop")
         installation.process.send_signal(signal.SIGINT)
-        assert len(list(store.notifies(timeout=10, stop_after=2))) == 2, "pumps are told until they end: one that begins hears no first word"
-    assert installation.process.wait(20) == 0
+        assert len(list(store.notifies(timeout=30, stop_after=2))) == 2, "pumps are told until they end: one that begins hears no first word"
+    assert installation.process.wait(60) == 0
     wait_until(lambda: not leftovers(installation.home), 10, "every process to be gone")
     installation.start()
     with installation.source() as source:

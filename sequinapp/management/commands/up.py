@@ -19,7 +19,7 @@ from django.contrib.auth import get_user_model
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.core.management.base import BaseCommand, CommandError
-from django.db import connection, connections
+from django.db import DatabaseError, connection, connections
 from psycopg import sql
 
 from consumers.models import ApiToken
@@ -54,7 +54,7 @@ class Command(BaseCommand):
             self._run(**options)
 
     def _run(self, **options: Any) -> None:
-        self._host, self._port = options["host"], options["port"]
+        self._host, self._port, self._with_playground = options["host"], options["port"], not options["no_playground"]
         self._postgres: EmbeddedPostgres | None = None
         self._server: Any = None
         self._restart_at = self._woken_at = 0.0
@@ -68,7 +68,7 @@ class Command(BaseCommand):
             lines += self._allow_loopback()
             call_command("migrate", interactive=False, verbosity=0)
             lines += [*self._administrator(), *self._token()]
-            lines += self._playground(not options["no_playground"])
+            lines += self._playground(self._with_playground)
             connections.close_all()
             supervisor = self._supervisor = self._make_supervisor()
             signal.signal(signal.SIGTERM, supervisor.stop)
@@ -130,11 +130,23 @@ class Command(BaseCommand):
             return
         log.warning("the embedded Postgres ended with status %s: started again", self._server.returncode)
         self._restart_at = time.monotonic() + 2
+        connections.close_all()
         try:
             self._server = self._postgres.start()
-        except ImproperlyConfigured as error:
+            if str(self._postgres.port) != settings.DATABASES["default"]["PORT"]:
+                self._move()
+        except (ImproperlyConfigured, DatabaseError) as error:
             log.error("%s", error)
         connections.close_all()
+
+    def _move(self) -> None:
+        """Somebody took the port while nobody was there: tell all who know the old one."""
+        assert self._postgres is not None
+        log.warning("the embedded Postgres is on port %s now: another process has its old one. Everything starts anew", self._postgres.port)
+        self._use_port()
+        if self._with_playground:
+            self._say(self._playground(True))
+        self._supervisor.restart()
 
     def _keep_store_awake(self) -> None:
         assert self._postgres is not None
