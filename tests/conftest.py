@@ -222,7 +222,7 @@ def run(transactional_db: None) -> Iterator[Callable[..., subprocess.Popen[bytes
             process.terminate()
     for process in started:
         try:
-            process.wait(10)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             pass
         try:

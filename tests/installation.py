@@ -70,7 +70,7 @@ class Installation:
         for pid in self.pids():
             _kill(pid)
         if self.process is not None:
-            self.process.wait(10)
+            self.process.wait(60)
 
     def pids(self, containing: str = "") -> list[int]:
         """The processes of this installation whose command line contains a text, `up` itself included."""

@@ -155,7 +155,7 @@ def web_server(**environment: str) -> Iterator[tuple[subprocess.Popen[bytes], in
         if process.poll() is None:
             process.terminate()
             try:
-                process.wait(10)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

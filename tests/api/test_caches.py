@@ -42,7 +42,7 @@ def test_those_who_ask_at_once_look_once(lookup: Any) -> None:
         until(lambda: waiting_for_table(conn, table) == 1)
         assert not found
     for asker in askers:
-        asker.join(10)
+        asker.join(60)
     assert len(found) == 8 and len(set(map(id, found))) == 1
 
 
@@ -55,7 +55,7 @@ def test_what_was_read_before_a_change_is_not_kept(lookup: Any) -> None:
         asker.start()
         until(lambda: waiting_for_table(conn, table) == 1)
         lookups.forget()
-    asker.join(10)
+    asker.join(60)
     assert found and not lookups._kept
     find()
     assert lookups._kept

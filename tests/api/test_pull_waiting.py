@@ -85,7 +85,7 @@ def test_an_append_to_another_table_does_not(world: World) -> None:
     consumer = world.consumer(tables=["public.orders"])
     [poll] = waiting(world, consumer, wait_for=1500)
     world.log.append([1], table="customers")
-    assert poll.result(5).body == {"data": []}
+    assert poll.result(SOON_S).body == {"data": []}
 
 
 def test_a_lost_notice_is_found_by_the_sweep(world: World) -> None:
@@ -218,7 +218,7 @@ def test_many_polls_of_one_message_each_share_a_burst(world: World) -> None:
     consumer = world.consumer()
     polls = waiting(world, consumer, 20)
     world.log.append(range(20))
-    keys = [key for poll in polls for key in poll.result(5).keys]
+    keys = [key for poll in polls for key in poll.result(SOON_S).keys]
     assert sorted(keys) == list(range(20))
 
 
@@ -227,7 +227,7 @@ def test_nobody_gets_a_message_twice(world: World) -> None:
     polls = waiting(world, consumer, 20, wait_for=2000, batch_size=3)
     for start in range(0, 40, 4):
         world.log.append(range(start, start + 4))
-    keys = [key for poll in polls for key in poll.result(10).keys]
+    keys = [key for poll in polls for key in poll.result(SOON_S).keys]
     keys += world.client.receive(consumer.name, batch_size=1000).keys
     assert sorted(keys) == list(range(40))
 

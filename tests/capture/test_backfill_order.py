@@ -282,7 +282,7 @@ def test_an_alter_table_that_waits_for_a_page_is_not_held_up_by_the_look_at_the_
     monkeypatch.setattr(SourcePages, "_copy", copy)
     backfill = begin(on.consumer, page_rows=15)
     backfilling.step(slice_s=10)  # long enough for two pages; it ends when the second is found changed
-    begun.join(20)
+    begun.join(60)
     assert "changed while it was read" in status(backfill)[1] and LOCKED not in status(backfill)[1]
     on.finish(backfill)
     copied = copy_of(on.consumer)

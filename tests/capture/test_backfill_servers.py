@@ -48,7 +48,7 @@ def hanging(server: Cluster, statement: str) -> Iterator[None]:
     finally:
         server.execute("ALTER SYSTEM RESET synchronous_standby_names")
         server.execute("SELECT pg_reload_conf()")
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 

@@ -60,7 +60,7 @@ def living(source: Source) -> Iterator[None]:
         yield
     finally:
         reading.stop()
-        thread.join(20)
+        thread.join(60)
     assert not thread.is_alive()
 
 
@@ -135,7 +135,7 @@ def test_what_an_older_transaction_wrote_before_its_table_was_published_arrives(
         source_database.execute("INSERT INTO t VALUES (2)")  # who comes later is not
         assert not answered.wait(0.3)
         older.commit()
-    thread.join(10)
+    thread.join(60)
     assert answered.is_set()
     source_database.execute("INSERT INTO t VALUES (3)")
     read_until(source, lambda: 3 in [row.record["id"] for row in logged()])
@@ -248,9 +248,9 @@ def test_two_consumers_that_name_a_table_for_the_first_time_at_once(
         wait_until(lambda: ended or source_database.execute(
             "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND query LIKE %s", ["%pg_try_advisory_lock%"]
         ), 10, "the second to come")  # fmt: skip
-        first.join(10)
+        first.join(60)
         older.commit()
-    second.join(10)
+    second.join(60)
     assert published() == (ended["second"] == "made"), ended
 
 

@@ -102,7 +102,7 @@ def reading(source: Source) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join(20)
+        thread.join(60)
         if failed:  # also when the block has waited in vain because of it
             raise failed[0]
     assert not thread.is_alive()

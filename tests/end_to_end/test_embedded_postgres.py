@@ -42,11 +42,11 @@ def test_a_busy_backend_of_a_killed_postmaster_does_not_keep_it_from_starting(ho
             wait_until(lambda: conn.execute("SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%30000%' AND state = 'active'"
                                             " AND pid <> pg_backend_pid()").fetchone() == (1,), 10, "a busy backend")  # fmt: skip
         postmaster.kill()
-        postmaster.wait(10)
+        postmaster.wait(60)
         server.start()
         with connect() as conn:
             assert conn.execute("SELECT 1").fetchone() == (1,)
-        busy.join(10)
+        busy.join(60)
         assert not busy.is_alive()
     finally:
         server.stop()

@@ -209,7 +209,7 @@ def test_ctrl_c_stops_everything_with_status_0_and_it_starts_again(installation:
 def test_a_killed_up_leaves_nothing_behind(installation: Installation) -> None:
     assert installation.process is not None
     installation.process.kill()
-    installation.process.wait(10)
+    installation.process.wait(60)
     wait_until(lambda: not leftovers(installation.home), 15, "every process to be gone")
 
 

@@ -139,7 +139,7 @@ class Writer(threading.Thread):
     def stop(self) -> None:
         self._stopping.set()
         if self.ident is not None:
-            self.join(20)
+            self.join(60)
 
 
 class Capture:
@@ -180,7 +180,7 @@ class Capture:
         if process is not None:
             self._look(process.pid)
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
+            process.wait(60)
 
     def look(self) -> int:
         if self._process is not None:

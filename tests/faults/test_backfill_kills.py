@@ -125,7 +125,7 @@ def test_f21_a_backfill_beside_hot_writers_while_processes_are_killed(installati
         for writer in writers:
             writer.stopping.set()
         for writer in writers:
-            writer.join(20)
+            writer.join(60)
         wait_until(lambda: put_last(installation, rows + 1), 30, "the source to be there")
         assert seen_last.wait(60 + rows / 2_000), "the last change never arrived"
         wait_until(lambda: is_taken(installation), 60 + rows / 2_000, "all to be taken")
@@ -134,7 +134,7 @@ def test_f21_a_backfill_beside_hot_writers_while_processes_are_killed(installati
         there, wrong, taken, repeats, gone_back = answer.recv()
     finally:
         stop.set()
-        client.join(20)
+        client.join(60)
         client.kill()
     [brought] = [found for found in [backfill_of(installation)] if found]
     line = (

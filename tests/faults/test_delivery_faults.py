@@ -168,14 +168,14 @@ def test_f3_the_web_server_is_killed_during_acks(log: Log, run: Any, free_port: 
             stopping.wait(chance.uniform(0, 0.1))
             for pid in _descendants(process.pid):
                 kill(pid)
-            process.wait(10)
+            process.wait(60)
             kills += 1
             if kills == (40 if long_run else 3):
                 run("run_web", "--port", str(free_port))
                 wait_until(lambda: counters(consumer.pk)[3] == rows, 120, "the rest")
     finally:
         stopping.set()
-        receiver.join(20)
+        receiver.join(60)
     assert counters(consumer.pk) == (0, 0, 0, rows), "each message was acknowledged once"
     assert not again, "nothing came again after its ack had been answered"
     kept = all(sorted(dict.fromkeys(numbers)) == list(dict.fromkeys(numbers)) for numbers in order.values())
@@ -413,7 +413,7 @@ class Redis:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
     def _answers(self) -> bool:
         try:
@@ -526,7 +526,7 @@ def test_two_of_everything_and_one_is_killed(  # noqa: F811
         wait_until(lambda: len({(g.json["record"]["key"], g.json["record"]["number"]) for g in where.got}) == len(committed), 60, "all by push")
     finally:
         stopping.set()
-        receiver.join(20)
+        receiver.join(60)
         scene.close()
     for name, arrived in (("pull", pulled), ("push", [(g.json["record"]["key"], g.json["record"]["number"]) for g in where.got])):
         first: dict[int, list[int]] = defaultdict(list)

@@ -197,7 +197,7 @@ def kill_under_load(installation: Installation, victims: list[str], name: str) -
         wait_until(lambda: len(pushed.seen) > mark[1] + 20, RECOVERY_S, f"push to go on after {victim}")  # noqa: B023
         recovery_s = max(recovery_s, time.monotonic() - began)
     writer.stopping.set()
-    writer.join(10)
+    writer.join(60)
     committed = {(key, number) for key, number in answer(installation.source, "SELECT key, number FROM load")}
     assert len(committed) > 20
     for arrivals, what in ((pulled, "pull"), (pushed, "push")):

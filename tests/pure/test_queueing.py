@@ -65,10 +65,10 @@ def test_one_key_waits_and_another_does_not() -> None:
     gates, order = FewAtOnce(1), []
     with gates.at("a"):
         waiting = started(lambda: _enter(gates, "a", order))
-        started(lambda: _enter(gates, "b", order)).join(10)
+        started(lambda: _enter(gates, "b", order)).join(60)
         wait_until(lambda: gates._gates["a"].users == 2)
         assert order == ["b"]
-    waiting.join(10)
+    waiting.join(60)
     assert order == ["b", "a"] and not gates._gates
 
 

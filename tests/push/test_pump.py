@@ -64,7 +64,7 @@ def pump() -> Iterator[Callable[[], Pump]]:
     for made, _ in running:
         made._stopped = True
     for _, thread in running:
-        thread.join(15)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -372,7 +372,7 @@ def test_the_end_of_a_slice_cuts_no_slow_answer_off(log: Log, endpoint: Any) -> 
     log.append(log.row(2))
     delivered(other, 2)  # the others go on meanwhile
     release.set()
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
     delivered(slow, 1)
     assert where.ids.count(1) == 1
@@ -424,14 +424,14 @@ def test_an_answer_that_is_awaited_at_the_end_of_a_slice_holds_up_no_other_slow_
         delivered(other, 2)
         assert turns_of(takes_over) == 2 - others and thread.is_alive()
         release_hanging.set()
-        thread.join(20)
+        thread.join(60)
         takes_over = takes_over if others else pump()
         delivered(last, 2)
         assert sorted(hanging.ids) == sorted(slow.ids) == [1, 2]
     finally:
         release_slow.set()
         release_hanging.set()
-        thread.join(20)
+        thread.join(60)
     assert not thread.is_alive()
 
 
@@ -458,7 +458,7 @@ def test_a_pump_that_awaits_an_answer_takes_over_from_one_that_ends(log: Log, en
         assert thread.is_alive() and where.ids == [1]
     finally:
         release.set()
-        thread.join(20)
+        thread.join(60)
     assert not thread.is_alive()
     delivered(slow, 1)
 

@@ -178,7 +178,7 @@ def test_an_ack_waits_for_no_claim_and_frees_what_was_parked_behind_it_meanwhile
         assert [row[0] for row in claimed] == [first.messages[0].id + 3], "the second of key 1 is parked behind the first"
         acking = beginning(settle)
         wait_until(lambda: waits_for_lock("%sequin_ack%"), 10, "the ack to wait")
-    acking.join(10)
+    acking.join(60)
     assert settled == [(1, 0)]
     assert [message.id for message in claims.claim(consumer, 10, lease_ms=60_000).messages] == [first.messages[0].id + 2]
 
@@ -209,7 +209,7 @@ def test_group_columns_are_not_changed_behind_a_claim(log: Log) -> None:  # noqa
         conn.execute("SELECT * FROM sequin_claim(%s, 1, 60000, NULL, 100, 1000000)", [consumer])
         saver = beginning(save)
         wait_until(lambda: waits_for_lock("%pg_advisory_xact_lock%"), 10, "the edit to wait")
-    saver.join(10)
+    saver.join(60)
     assert len(errors) == 1 and "1 are out" in str(errors[0])
     assert Consumer.objects.get(pk=consumer).group_columns == []
 
@@ -226,7 +226,7 @@ def test_a_claim_that_waited_for_an_edit_goes_by_it(log: Log, edit: dict[str, An
         changes.save(edited)
         claiming = beginning(lambda: claimed.append(claims.claim(consumer, 1, lease_ms=60_000)))
         wait_until(lambda: fetch("SELECT 1 FROM pg_locks WHERE NOT granted"), 10, "the claim to wait")
-    claiming.join(10)
+    claiming.join(60)
     assert claimed[0].version == Consumer.objects.get(pk=consumer).updated_at
 
 
@@ -245,7 +245,7 @@ def test_a_tables_first_message_comes_while_a_claim_is_under_way(log: Log, acked
         wait_until(lambda: waits_for_lock("%sequin_claim%"), 10, "the claim to wait")
         log.alter()
         log.append(log.row(3))
-    claiming.join(10)
+    claiming.join(60)
     assert [message.key for message in claimed[0].messages] == ['["3"]']
 
 
@@ -277,8 +277,8 @@ def test_what_comes_after_an_edit_is_taken_by_it_although_a_claim_is_under_way(
         wait_until(lambda: waits_for_lock("%sequin_claim%"), 10, "the claim to wait")
         saving = beginning(save)
         wait_until(lambda: not saving.is_alive() or waits_for_lock("%pg_advisory_xact_lock%"), 10, "the edit")
-    claiming.join(10)
-    saving.join(10)
+    claiming.join(60)
+    saving.join(60)
     got = [*claimed[0].messages, *claims.claim(consumer, 2, lease_ms=60_000).messages]
     assert [message.key for message in got] == ['["3"]']
 
@@ -302,7 +302,7 @@ def test_an_edit_and_a_rewind_wait_for_each_other_in_one_order(log: Log) -> None
         saving = beginning(save)
         wait_until(lambda: waits_for_lock("%pg_advisory_xact_lock%"), 10, "the edit to wait")
         assert conn.execute("SELECT moved FROM sequin_rewind(%s, %s, gen_random_uuid())", [consumer, message.id - 1]).fetchall() == [(True,)]
-    saving.join(10)
+    saving.join(60)
     assert not failed and Consumer.objects.get(pk=consumer).status == "disabled"
 
 
@@ -388,7 +388,7 @@ def test_shapes_become_known_in_the_order_of_their_ids(log: Log) -> None:  # noq
         again = register_relation(conn, log.source.pk, 1, SHAPE, seen=False)
         registering = beginning(register)
         wait_until(lambda: waits_for_lock("%sequin_register_relation%"), 10, "the other one to wait")
-    registering.join(10)
+    registering.join(60)
     assert made and made[0] > first > again
 
 

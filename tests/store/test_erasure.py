@@ -52,8 +52,8 @@ def test_what_a_partition_that_goes_leaves_behind_is_erased_too(log: Log, store:
         wait_until(lambda: waits_for_lock("DELETE FROM log_extent%"), 10, "the partition to be copied")
         erasing = beginning(lambda: erase(log))
         wait_until(lambda: not erasing.is_alive() or waits_for_lock("%log_floor FOR SHARE"), 10, "the erasure to end, or to wait")
-    going.join(10)
-    erasing.join(10)
+    going.join(60)
+    erasing.join(60)
     assert fetch(RECORDS) == [("{}",)]
 
 
@@ -80,5 +80,5 @@ def test_a_copy_on_its_way_into_the_log_is_erased_too(log: Log) -> None:
         copying.execute("SELECT sequin_copy(%s, %s, %s, %s, %s)", [consumer, log.source.pk, SEQUENCE_LOCK, ids, uuid4()])
         erasing = beginning(lambda: erase(log))
         wait_until(lambda: not erasing.is_alive() or waits_for_lock("%pg_advisory_xact_lock%"), 10, "the erasure to end, or to wait")
-    erasing.join(10)
+    erasing.join(60)
     assert fetch(RECORDS) == [("{}",), ("{}",)]

@@ -122,7 +122,7 @@ def while_rewritten(table: str, statement: str, run: Callable[[], Any]) -> Any:
         asking.start()
         wait_until(lambda: waits_for_lock(f"%{statement}%"), 10, "the statement to wait")
         assert hot.rewrite(conn, {table: 0}) == [table]
-    asking.join(10)
+    asking.join(60)
     return answers[0]
 
 

@@ -64,7 +64,7 @@ def test_what_is_edited_is_handed_out_while_a_source_is_waited_for(
     def await_writers(conn: Any, tables: Any, *rest: Any) -> Any:
         if tables == ["public.more"]:
             waits.set()
-            goes_on.wait(10)
+            goes_on.wait(60)
         return awaited(conn, tables, *rest)
 
     monkeypatch.setattr(publishing, "_await_writers", await_writers)
@@ -77,7 +77,7 @@ def test_what_is_edited_is_handed_out_while_a_source_is_waited_for(
 
     loading = beginning(load)
     try:
-        assert waits.wait(10)
+        assert waits.wait(60)
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_try_advisory_xact_lock(hashtextextended(%s, 0))", [str(consumer.pk)])
             assert cursor.fetchone() == (True,)

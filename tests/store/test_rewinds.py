@@ -238,7 +238,7 @@ def test_a_partition_is_not_dropped_under_a_rewind(log: Log) -> None:
             other.execute("SELECT sequin_rewind(%s, %s, gen_random_uuid())", [consumer, ids[0] - 1])
             thread.start()
             wait_until(lambda: waits_for_lock("UPDATE log_floor%"))
-        thread.join(20)
+        thread.join(60)
     assert dropped and partition not in dropped[0] and keys(take(consumer)) == ['["1"]', '["2"]']
 
 
@@ -262,7 +262,7 @@ def test_a_rewind_is_refused_while_its_partition_goes(log: Log) -> None:
             conn.execute("UPDATE log_floor SET id = %s", [ids[1] + 1])
             thread.start()
             wait_until(lambda: waits_for_lock("%sequin_rewind%"))
-        thread.join(20)
+        thread.join(60)
     assert refused and lifecycle.waiting(consumer) == 0
 
 
