@@ -284,7 +284,7 @@ def finish(source: Source, committed: set[int]) -> list[str]:
             found = rows("record")
             return bool(found) and json.loads(found[-1][0]).get("id", 0) >= last
 
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             try:
                 Reader(source, appender, stopping=done).run()

@@ -18,7 +18,7 @@ from capture.reader import Reader
 from capture.reading import Reading
 from consumers.models import Source
 from consumers.store.appender import Appender
-from tests.conftest import wait_until
+from tests.conftest import SLOWER, wait_until
 
 
 # A database's encoding, a text as it is stored there, and as it arrives.
@@ -70,7 +70,7 @@ def gap(source: Source) -> str | None:
 
 def read_until(source: Source, condition: Callable[[], Any], timeout: float = 30) -> None:
     """Read in this thread until the condition holds. Raises what the reader raises."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + SLOWER * timeout
 
     def done() -> bool:
         assert time.monotonic() < deadline, f"waited {timeout} s in vain; events: {events(source)}"
