@@ -20,6 +20,7 @@ from django.conf import settings
 from django.db import DatabaseError, connection
 
 from consumers.models import Source
+from consumers.parent import die_with_parent
 from consumers.store import lifecycle
 from consumers.store.backlogs import enforce
 from consumers.store.connection import store_connection, why_away
@@ -95,7 +96,7 @@ class Readers:
 
     def _start(self, source: Source) -> None:
         arguments = [sys.executable, os.path.join(settings.BASE_DIR, "manage.py"), "run_capture", "--reader", str(source.pk)]
-        process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
         self._children[str(source.pk)] = Child(process, source.updated_at)
         log.info("started reader source=%s pid=%s", source.name, process.pid)
 

@@ -23,6 +23,7 @@ from django_q.brokers import get_broker
 from django_q.tasks import async_task
 from redis.exceptions import RedisError
 
+from consumers.parent import die_with_parent
 from consumers.store import backfills, lifecycle, turns
 from consumers.store.connection import store_connection, why_away
 from delivery.chores import Chores
@@ -64,7 +65,9 @@ class Cluster:
         environment = {**os.environ, "SEQUIN_CLUSTER": self.name}
         if self.queue is not None:
             environment["Q_CLUSTER_NAME"] = self.queue
-        self._process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
+        self._process = subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, start_new_session=True, env=environment, preexec_fn=die_with_parent
+        )
         self.started_at = time.monotonic()
         log.info("started %s cluster pid=%s", self._called(), self._process.pid)
 
