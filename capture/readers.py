@@ -96,6 +96,7 @@ class Readers:
 
     def _start(self, source: Source) -> None:
         arguments = [sys.executable, os.path.join(settings.BASE_DIR, "manage.py"), "run_capture", "--reader", str(source.pk)]
+        # By SIGKILL: a stopped process would keep anything less for later, and the source with it.
         process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
         self._children[str(source.pk)] = Child(process, source.updated_at)
         log.info("started reader source=%s pid=%s", source.name, process.pid)

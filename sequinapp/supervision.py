@@ -123,18 +123,17 @@ class Supervisor:
                 self._kill_wedged(now)
             time.sleep(0.1)
 
-    def restart(self) -> None:
-        """End every child; they are started again as any that ended."""
-        for child in self._children:
-            if child.process is not None:
-                child.process.terminate()
-
-    def stop_all(self) -> None:
-        """Ask every child to stop, and end by force those that do not within STOP_WITHIN_S."""
+    def ask_to_end(self) -> list[subprocess.Popen[bytes]]:
+        """Ask every child to end; those that run. While `run` does, they are started again as any that ended."""
         running = [child.process for child in self._children if child.process is not None and child.process.poll() is None]
         for process in running:
             process.send_signal(signal.SIGCONT)
             process.terminate()
+        return running
+
+    def stop_all(self) -> None:
+        """Ask every child to end, and end by force those that do not within STOP_WITHIN_S."""
+        running = self.ask_to_end()
         deadline = time.monotonic() + STOP_WITHIN_S
         for process in running:
             try:

@@ -68,7 +68,7 @@ class Installation:
     def kill(self) -> None:
         """Everything at once, as a power cut would."""
         for pid in self.pids():
-            _kill(pid)
+            kill(pid)
         if self.process is not None:
             self.process.wait(60)
 
@@ -152,7 +152,8 @@ def _tree(root: int) -> list[int]:
     return found
 
 
-def _kill(pid: int) -> None:
+def kill(pid: int) -> None:
+    """SIGKILL; nothing when it has gone already, with its parent perhaps."""
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:

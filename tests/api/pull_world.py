@@ -26,6 +26,7 @@ from consumers.store import lifecycle
 from consumers.store.appender import Appender
 from consumers.store.types import ColumnShape, LogRow, Progress, RelationShape
 from consumers.tokens import create_token
+from tests.conftest import wait_until
 from tests.ports import new_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,12 +132,7 @@ class Client:
 
 def until(condition: Any, *, within_s: float = 10.0) -> Any:
     """The first true value of `condition()`; AssertionError after `within_s`."""
-    deadline = time.monotonic() + 4 * within_s  # the machine may be busy
-    while True:
-        if value := condition():
-            return value
-        assert time.monotonic() < deadline, f"not true within {within_s} s: {condition}"
-        time.sleep(0.01)
+    return wait_until(condition, within_s)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from capture.reader import NoRoom, Reader
 from capture.reading import Reading
 from consumers.models import Source
 from consumers.store.appender import Appender
-from tests.conftest import SourceDatabase, wait_until
+from tests.conftest import SLOWER, SourceDatabase, wait_until
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -284,7 +284,7 @@ def finish(source: Source, committed: set[int]) -> list[str]:
             found = rows("record")
             return bool(found) and json.loads(found[-1][0]).get("id", 0) >= last
 
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + SLOWER * 30
         while time.monotonic() < deadline:
             try:
                 Reader(source, appender, stopping=done).run()

@@ -1,11 +1,10 @@
 """The signal that tells a reader to stop may come at any moment of its waiting."""
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, process_environment
 
 PROGRAM = """
 import faulthandler, random, signal
@@ -25,6 +24,5 @@ print("all heard")
 
 
 def test_whenever_a_signal_comes_it_is_heard() -> None:
-    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "sequinapp.settings"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=process_environment(), capture_output=True, text=True, timeout=120)
     assert done.stdout == "all heard\n", done.stderr

@@ -1,15 +1,14 @@
 """A process that has only just begun goes with its parent, too: it may be stopped, and its parent killed, before it runs a line of ours."""
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, wait_until
+from tests.conftest import ROOT, process_environment, wait_until
+from tests.installation import kill
 
 PARENT = """
 import os, signal, sys, types
@@ -45,9 +44,8 @@ def is_gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("which", ["reader", "cluster"])
 def test_a_stopped_child_goes_with_its_killed_parent(which: str) -> None:
-    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "sequinapp.settings"}
     with subprocess.Popen(
-        [sys.executable, "-c", PARENT.replace("{which}", which)], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", PARENT.replace("{which}", which)], cwd=ROOT, env=process_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
@@ -56,5 +54,4 @@ def test_a_stopped_child_goes_with_its_killed_parent(which: str) -> None:
             parent.kill()
             wait_until(lambda: is_gone(child), 10, "the child to go")
         finally:
-            if not is_gone(child):
-                os.kill(child, signal.SIGKILL)
+            kill(child)

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from django.core.management import call_command
 from django.core.management.base import CommandError
 
 from tests.conftest import ROOT, wait_until
-from tests.installation import Installation, leftovers
+from tests.installation import Installation, kill, leftovers
 
 PULL, PUSH = "playground-pull", "playground-push"
 
@@ -89,16 +89,7 @@ def test_what_is_killed_comes_back(installation: Installation, victim: str) -> N
     with installation.source() as source:
         source.execute("INSERT INTO orders (customer_id, status) VALUES (2, %s)", [mark])
 
-    def received() -> bool:
-        try:
-            messages = installation.receive(PULL, wait="1s")
-        except (OSError, AssertionError):
-            return False  # the web server is coming back, or its store is
-        if messages:
-            installation.ack(PULL, messages)
-        return mark in str(messages)
-
-    wait_until(received, 20, f"{mark} by pull")
+    wait_until(lambda: mark in str(take_records(installation)), 20, f"{mark} by pull")
     wait_until(lambda: web_answers(installation), 20, "web")
     pushed(installation, mark)
 
@@ -107,8 +98,7 @@ def test_every_process_of_the_cluster_may_be_killed(installation: Installation) 
     """Pumps, the sentinel, its helpers: after each SIGKILL pushes go on, if need be by a cluster started anew."""
     for number in range(6):
         pids = installation.pids("run_workers --cluster")[1:]
-        with suppress(ProcessLookupError):  # helpers come and go
-            os.kill(pids[number % len(pids)], signal.SIGKILL)
+        kill(pids[number % len(pids)])
         mark = f"cluster-{number}"
         with installation.source() as source:
             source.execute("INSERT INTO orders (customer_id, status) VALUES (2, %s)", [mark])
@@ -149,7 +139,7 @@ def test_whatever_is_stopped_is_woken_or_replaced(installation: Installation) ->
 def take_records(installation: Installation) -> list[Any]:
     try:
         messages = installation.receive(PULL, wait="1s")
-    except (OSError, AssertionError):  # not there, or it says that its store is not
+    except (OSError, AssertionError):  # the web server is coming back, or its store is
         return []
     if messages:
         installation.ack(PULL, messages)

@@ -15,7 +15,6 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -31,6 +30,7 @@ from tests.api.pull_world import Client as PullClient
 from tests.cluster import Cluster
 from tests.conftest import wait_until
 from tests.faults.rig import Scene, timed
+from tests.installation import kill
 from tests.ports import new_port
 from tests.push.endpoint import Endpoint, Got, status
 from tests.push.test_pump import delivered, endpoint, pump, pump_process, push_to  # noqa: F401
@@ -66,11 +66,6 @@ def say(name: str, where: Endpoint, expected: int, extra: str = "") -> None:
     line = f"{name}: {expected} messages, lost {expected - len(seen)}, repeated {repeats}, order {'kept' if kept else 'BROKEN'}{extra}"
     print(line)  # noqa: T201
     assert len(seen) == expected and kept, line
-
-
-def kill(pid: int) -> None:
-    with suppress(ProcessLookupError):  # it went with its parent
-        os.kill(pid, signal.SIGKILL)
 
 
 def overdue_s() -> float:

@@ -6,9 +6,7 @@ arrives. In the end the log is compared with what was committed. `make faults` r
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import threading
 import time
 from collections import defaultdict
@@ -23,7 +21,7 @@ import pytest
 
 from tests.conftest import wait_until
 from tests.faults.rig import peak_mb, stored, verdict
-from tests.installation import Installation, leftovers
+from tests.installation import Installation, kill, leftovers
 
 KEYS = 40
 VICTIMS = ["run_capture --reader", "run_capture", "run_workers --cluster", "run_workers", "run_web", "postgres"]
@@ -163,10 +161,7 @@ def strike(installation: Installation, victim: str) -> None:
         victim = "bin/postgres -D"
     pids = installation.pids(victim)
     if pids:
-        try:
-            os.kill(random.choice(pids), signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        kill(random.choice(pids))
 
 
 def test_f1_f2_f3_sigkill_under_load_loses_nothing_doubles_nothing_keeps_order(installation: Installation, long_run: bool) -> None:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from argparse import SUPPRESS, ArgumentParser
 from typing import Any
 
@@ -11,7 +10,6 @@ from django.core.management.base import BaseCommand, CommandError
 from capture.reading import Reading
 from capture.readers import Readers
 from consumers.models import Source
-from consumers.parent import die_with_parent
 
 
 class Command(BaseCommand):
@@ -23,9 +21,8 @@ class Command(BaseCommand):
 
     def handle(self, *_: Any, **options: Any) -> None:
         if options["reader"]:
-            die_with_parent(signal.SIGKILL)  # a stopped process would keep anything less for later, and the source with it
             if os.getppid() == 1:
-                return
+                return  # the watcher had gone before the kernel knew that this one goes with it
             source = Source.objects.filter(pk=options["reader"]).first()
             if source is not None:
                 Reading(source).run()

@@ -26,9 +26,8 @@ class Command(BaseCommand):
         if not options["cluster"]:
             Watcher(settings.SEQUIN_WORKERS).run()
             return
-        die_with_parent(signal.SIGKILL)
         if os.getppid() == 1:
-            return
+            return  # the watcher had gone before the kernel knew that this one goes with it
         if os.environ.get("Q_CLUSTER_NAME") == REPLAY_CLUSTER:
             os.nice(REPLAY_NICENESS)
         # The cluster's processes are forks of one another: each ends with the one above it.

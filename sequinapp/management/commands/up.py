@@ -146,7 +146,7 @@ class Command(BaseCommand):
         self._use_port()
         if self._with_playground:
             self._say(self._playground(True))
-        self._supervisor.restart()
+        self._supervisor.ask_to_end()
 
     def _keep_store_awake(self) -> None:
         assert self._postgres is not None
