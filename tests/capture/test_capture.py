@@ -308,7 +308,7 @@ def test_the_control_loses(source_database: SourceDatabase, make_source: Any) ->
     source_database.execute(ORDERS)
     source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE orders")
     source = make_source()
-    for _ in range(4):
+    for _ in range(20):
         committed, logged = kill_loop(source, source_database, ConfirmsFirst, 4)
         if set(logged) != committed:
             return
