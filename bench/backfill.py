@@ -24,8 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.latency import PULL, WAIT_S, processes, pull, write  # noqa: E402
-from bench._installations import temporary  # noqa: E402
-from tests.installation import Installation  # noqa: E402
+from tests.installation import Installation, temporary  # noqa: E402
 
 TAKER = "taker"
 WAITING_ROWS = 45_000  # of one consumer: a little less than may wait for it

@@ -21,7 +21,7 @@ import requests
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench._installations import temporary  # noqa: E402
+from tests.installation import temporary  # noqa: E402
 
 PASSWORD = "console-password"
 ROUNDS = 7

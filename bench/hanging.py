@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["SEQUIN_WORKERS"] = "2"
 
-from bench._installations import temporary  # noqa: E402
+from tests.installation import temporary  # noqa: E402
 
 
 def serve(arrived: dict[int, float], hangs: bool) -> str:

@@ -23,8 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.push import sink  # noqa: E402
-from bench._installations import temporary  # noqa: E402
-from tests.installation import Installation  # noqa: E402
+from tests.installation import Installation, temporary  # noqa: E402
 
 PULL, PUSH = "latency-pull", "latency-push"
 COMMITS_A_WRITER = 500  # a second; faster ones are several

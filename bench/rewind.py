@@ -20,8 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.push import sink  # noqa: E402
-from bench._installations import temporary  # noqa: E402
-from tests.installation import Installation  # noqa: E402
+from tests.installation import Installation, temporary  # noqa: E402
 
 PIECE = 50_000  # rows a transaction
 FILL = "INSERT INTO many SELECT g, g %% 1000, 'paid', g * 1.25, now(), jsonb_build_object('n', g) FROM generate_series(%s::bigint, %s) g"

@@ -68,10 +68,20 @@ class EmbeddedPostgres:
 
     @property
     def password(self) -> str:
-        """The superuser's password, made on first use."""
+        """The superuser's password, made on first use. Raises ImproperlyConfigured when it is lost."""
         from sequinapp.env import read_or_make
 
-        return read_or_make(self.home / "keys" / "postgres_password", _password)
+        kept = self.home / "keys" / "postgres_password"
+        if not os.path.exists(kept) and self._is_made:
+            raise ImproperlyConfigured(
+                f"SEQUIN_HOME: the data of an installation are in {self.root}, but its keys are gone from {kept.parent}."
+                f" Bring that directory back; or begin anew without these data: rm -r {self.root}"
+            )
+        return read_or_make(kept, _password)
+
+    @property
+    def _is_made(self) -> bool:
+        return os.path.exists(self.data / "PG_VERSION")
 
     def django_database(self) -> dict[str, Any]:
         """Django's DATABASES entry for the store in this cluster."""
@@ -89,7 +99,7 @@ class EmbeddedPostgres:
         binaries = self._binaries()
         user = _run_as()
         self._check_major()
-        if not (self.data / "PG_VERSION").exists():
+        if not self._is_made:
             self._initialise(binaries, user)
         deadline = time.monotonic() + PREDECESSOR_S
         while True:

@@ -4,11 +4,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,21 @@ from tests.conftest import ROOT, wait_until
 from tests.ports import new_port
 
 NOT_INHERITED = ("DATABASE_URL", "SECRET_KEY", "ENCRYPTION_KEYS", "SEQUIN_HOME", "SEQUIN_ALLOWED_NETWORKS")
+
+
+@contextmanager
+def temporary(*arguments: str, **environment: str) -> Iterator[Installation]:
+    """Started with these arguments of `up`, stopped and removed afterwards. Beside its home there is room for other files."""
+    base = Path(tempfile.mkdtemp(prefix="sequin-installation-"))
+    base.chmod(0o711)  # for the user Postgres runs as when we are root
+    made = Installation(base / "home", *arguments, **environment)
+    try:
+        made.start()
+        yield made
+    finally:
+        if made.process is not None and made.process.poll() is None:
+            made.stop()
+        shutil.rmtree(base, ignore_errors=True)
 
 
 class Installation:
@@ -75,7 +94,7 @@ class Installation:
     def pids(self, containing: str = "") -> list[int]:
         """The processes of this installation whose command line contains a text, `up` itself included."""
         assert self.process is not None
-        return [pid for pid in _tree(self.process.pid) if containing in _command(pid)]
+        return [pid for pid in process_tree(self.process.pid) if containing in command_of(pid)]
 
     def psql_url(self) -> str:
         found = re.findall(r"postgresql://\S+", self.text())
@@ -120,7 +139,7 @@ def leftovers(home: Path) -> list[str]:
         if entry.name.isdigit():
             try:
                 environment = (entry / "environ").read_bytes()
-                command = _command(int(entry.name))
+                command = command_of(int(entry.name))
             except OSError:
                 continue
             if command and (f"SEQUIN_HOME={home}\0".encode() in environment + b"\0" or f"{home}/" in command):
@@ -128,14 +147,14 @@ def leftovers(home: Path) -> list[str]:
     return found
 
 
-def _command(pid: int) -> str:
+def command_of(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
 
 
-def _tree(root: int) -> list[int]:
+def process_tree(root: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

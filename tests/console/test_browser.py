@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -14,7 +13,7 @@ from psycopg import sql
 
 from tests.conftest import wait_until
 from tests.console.browser import PASSWORD, POOR_CONTRAST, Console, chromium
-from tests.installation import Installation
+from tests.installation import Installation, temporary
 from tests.push.endpoint import Endpoint, status
 
 EVIL = "<img src=x onerror=\"window.pwned=1\"><script>window.pwned=1</script>'\"><svg onload=alert(1)>"
@@ -28,12 +27,9 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def installation(browser: Browser, tmp_path_factory: Any) -> Iterator[Installation]:
-    home: Path = tmp_path_factory.mktemp("console") / "home"
-    made = Installation(home, "--no-playground", SEQUIN_ADMIN_PASSWORD=PASSWORD, SEQUIN_WORKERS="1")
-    made.start()
-    yield made
-    made.stop()
+def installation(browser: Browser) -> Iterator[Installation]:
+    with temporary("--no-playground", SEQUIN_ADMIN_PASSWORD=PASSWORD, SEQUIN_WORKERS="1") as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
-"""The embedded server comes back after its postmaster was killed, whatever its other processes are doing."""
+"""The embedded server comes back after its postmaster was killed, whatever its other processes are doing; and what it does without its keys."""
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from django.core.exceptions import ImproperlyConfigured
 
 from sequinapp.embedded_postgres import EmbeddedPostgres
 from tests.conftest import wait_until
@@ -48,5 +50,33 @@ def test_a_busy_backend_of_a_killed_postmaster_does_not_keep_it_from_starting(ho
             assert conn.execute("SELECT 1").fetchone() == (1,)
         busy.join(60)
         assert not busy.is_alive()
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def closed_home(tmp_path: Path) -> Iterator[Path]:
+    """A home where the user Postgres runs as may not look, as root's own directory is."""
+    tmp_path.chmod(0o700)
+    made = tmp_path / "home"
+    shutil.rmtree(EmbeddedPostgres(made).root, ignore_errors=True)
+    yield made
+    shutil.rmtree(EmbeddedPostgres(made).root, ignore_errors=True)
+
+
+def test_data_whose_keys_are_gone_are_not_touched(closed_home: Path) -> None:
+    server = EmbeddedPostgres(closed_home, {"fsync": "off"})
+    server.start()
+    server.stop()
+    assert server.root.is_relative_to(closed_home) == (os.geteuid() != 0)
+    shutil.rmtree(closed_home / "keys")
+    with pytest.raises(ImproperlyConfigured) as refused:
+        EmbeddedPostgres(closed_home).django_database()
+    assert f"rm -r {server.root}" in str(refused.value) and (server.data / "PG_VERSION").exists()
+    shutil.rmtree(server.root)
+    server.start()
+    try:
+        with psycopg.connect(host="127.0.0.1", port=server.port, user="postgres", password=server.password, dbname="postgres") as conn:
+            assert conn.execute("SELECT 1").fetchone() == (1,)
     finally:
         server.stop()

@@ -18,19 +18,15 @@ from django.core.management import call_command
 from django.core.management.base import CommandError
 
 from tests.conftest import ROOT, wait_until
-from tests.installation import Installation, kill, leftovers
+from tests.installation import Installation, kill, leftovers, temporary
 
 PULL, PUSH = "playground-pull", "playground-push"
 
 
 @pytest.fixture(scope="module")
-def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    base = tmp_path_factory.mktemp("up")
-    made = Installation(base / "home", SEQUIN_LOG_FORMAT="json")
-    made.start()
-    yield made
-    if made.process is not None and made.process.poll() is None:
-        made.stop()
+def installation() -> Iterator[Installation]:
+    with temporary(SEQUIN_LOG_FORMAT="json") as made:
+        yield made
 
 
 def pushed(installation: Installation, text: str) -> Any:

@@ -25,8 +25,7 @@ from consumers import changes
 from consumers.models import Source
 from tests.cluster import Cluster
 from tests.conftest import ROOT, process_environment, wait_until
-from tests.installation import _command as command_of
-from tests.installation import _tree as process_tree
+from tests.installation import command_of, process_tree
 
 KEYS = 40
 

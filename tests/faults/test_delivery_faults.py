@@ -30,7 +30,7 @@ from tests.api.pull_world import Client as PullClient
 from tests.cluster import Cluster
 from tests.conftest import wait_until
 from tests.faults.rig import Scene, timed
-from tests.installation import kill
+from tests.installation import kill, process_tree
 from tests.ports import new_port
 from tests.push.endpoint import Endpoint, Got, status
 from tests.push.test_pump import delivered, endpoint, pump, pump_process, push_to  # noqa: F401
@@ -92,7 +92,7 @@ def test_f2_workers_are_killed_again_and_again(log: Log, endpoint: Any, run: Any
             sent += 20
             pause.wait(0.1)
             longest = max(longest, overdue_s())
-        workers = [pid for pid in _descendants(watcher.pid)[1:] if pid != watcher.pid]
+        workers = [pid for pid in process_tree(watcher.pid)[1:] if pid != watcher.pid]
         for victim in chance.sample(workers, min(len(workers), chance.choice([1, 1, 2, len(workers)]))):
             kill(victim)
             kills += 1
@@ -161,7 +161,7 @@ def test_f3_the_web_server_is_killed_during_acks(log: Log, run: Any, free_port: 
             before = counters(consumer.pk)[3]
             wait_until(lambda: counters(consumer.pk)[3] > before + 20 or counters(consumer.pk)[3] == rows, 60, "acks")  # noqa: B023
             stopping.wait(chance.uniform(0, 0.1))
-            for pid in _descendants(process.pid):
+            for pid in process_tree(process.pid):
                 kill(pid)
             process.wait(60)
             kills += 1
@@ -508,7 +508,7 @@ def test_two_of_everything_and_one_is_killed(  # noqa: F811
         wait_until(both_pump, 30, "both clusters to pump")
         recovery = 0.0
         for victim in (captures[0], workers[0]):
-            tree = _descendants(victim.pid)
+            tree = process_tree(victim.pid)
             mark = len(where.got), len(pulled)
             for pid in tree:
                 kill(pid)
@@ -530,9 +530,3 @@ def test_two_of_everything_and_one_is_killed(  # noqa: F811
         assert all(numbers == sorted(numbers) for numbers in first.values()), f"{name} keeps the order of each key"
     print(f"two of everything on the {broker} broker, one of each killed: {len(committed)} committed, lost 0, order kept, "  # noqa: T201
           f"taken over within {recovery:.1f} s")  # fmt: skip
-
-
-def _descendants(root: int) -> list[int]:
-    from tests.installation import _tree
-
-    return _tree(root)

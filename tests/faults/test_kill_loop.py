@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -21,7 +20,7 @@ import pytest
 
 from tests.conftest import wait_until
 from tests.faults.rig import peak_mb, stored, verdict
-from tests.installation import Installation, kill, leftovers
+from tests.installation import Installation, kill, leftovers, temporary
 
 KEYS = 40
 VICTIMS = ["run_capture --reader", "run_capture", "run_workers --cluster", "run_workers", "run_web", "postgres"]
@@ -129,12 +128,9 @@ class Puller(threading.Thread):
 
 
 @pytest.fixture
-def installation(tmp_path: Path) -> Iterator[Installation]:
-    made = Installation(tmp_path / "home")
-    made.start()
-    yield made
-    if made.process is not None and made.process.poll() is None:
-        made.stop()
+def installation() -> Iterator[Installation]:
+    with temporary() as made:
+        yield made
     wait_until(lambda: not leftovers(made.home), 15, "every process to be gone")
 
 
