@@ -56,21 +56,26 @@ def show(request: HttpRequest, pk: UUID, message_id: int) -> HttpResponse:
     consumer = get_object_or_404(Consumer.objects.select_related("source", "endpoint"), pk=pk)
     message = _message(consumer, message_id)
     happened = _happened(consumer, message)
-    standing: Standing = happened["standing"]
     payload = envelope.render(message, trying.address_of(consumer)).decode()
     tried = _tried(consumer, message_id)
     return page(
         request, "console/message.html", f"Message {message_id}",
-        **happened, payload=json_text.pretty(payload), tried=tried,
+        **happened, **_head(request, consumer, message_id, happened["standing"]), payload=json_text.pretty(payload), tried=tried,
         made=json_text.pretty(tried.payload.decode()) if tried and consumer.transform and tried.payload else "",
         differences=json_text.differences(message.record, message.changes) if message.record.startswith("{") else [],
         committed=message.committed_at.replace("T", " ").replace("Z", " UTC"), lsn=f"{message.commit_lsn >> 32:X}/{message.commit_lsn & 0xFFFFFFFF:X}",
-        key=", ".join(json.loads(message.key)) or "–", idempotency_key=idempotency_key(message),
+        idempotency_key=idempotency_key(message),
         curl=_curl(consumer, message, tried.payload.decode() if tried and tried.payload else payload) if consumer.endpoint else "",
-        may_operate=request.user.has_perm(OPERATE), is_stuck=standing.state in ("retry", "blocked", "error", "dead"),
-        is_done=standing.state in ("delivered", "passed"),
-        back=reverse("admin:consumers_consumer_page", args=[pk]), here=request.path,
     )  # fmt: skip
+
+
+def _head(request: HttpRequest, consumer: Consumer, message_id: int, standing: Standing) -> dict[str, Any]:
+    """Where the message stands and what may be done about it."""
+    return {
+        "may_operate": request.user.has_perm(OPERATE), "is_stuck": standing.state in ("retry", "blocked", "error", "dead"),
+        "is_done": standing.state in ("delivered", "passed"), "back": reverse("admin:consumers_consumer_page", args=[consumer.pk]),
+        "here": reverse("admin:consumers_consumer_message", args=[consumer.pk, message_id]),
+    }  # fmt: skip
 
 
 def _tried(consumer: Consumer, message_id: int) -> Tried | None:
@@ -86,18 +91,28 @@ def _tried(consumer: Consumer, message_id: int) -> Tried | None:
 
 @needs(VIEW)
 def history(request: HttpRequest, pk: UUID, message_id: int) -> HttpResponse:
-    """What happened, for a page that shows it already: until the message is done, it may go on happening."""
+    """What happened, for a page that shows it already: until the message is done, it may go on happening.
+
+    Its state and buttons come along when the page shows others, and only then: a button that is just being pressed stays.
+    """
     consumer = get_object_or_404(Consumer.objects.select_related("source", "endpoint"), pk=pk)
-    return render(request, "console/message_history.html", _happened(consumer, _message(consumer, message_id)))
+    happened = _happened(consumer, _message(consumer, message_id))
+    standing: Standing = happened["standing"]
+    shown = request.GET.get("shown")
+    head = _head(request, consumer, message_id, standing) if shown != standing.state else {}
+    return render(request, "console/message_history.html", {**happened, **head, "anew": bool(head)})
 
 
 def _happened(consumer: Consumer, message: ListedMessage) -> dict[str, Any]:
     standing = listing.standing_of(consumer.pk, message.id)
     attempts = list(Attempt.objects.filter(consumer=consumer.pk, message_id=message.id)[:ATTEMPTS_SHOWN])[::-1]
+    if standing.state == "passed" and any(attempt.ok for attempt in attempts):
+        standing = standing._replace(state="delivered")  # it was written down just now
     # A success is written down a moment after it is acknowledged.
     is_fresh = bool(attempts) and (timezone.now() - attempts[-1].at).total_seconds() < FRESH_S
     return {
-        "consumer": consumer, "message": message, "standing": standing, "history": _history(consumer, message, standing, attempts),
+        "consumer": consumer, "message": message, "key": ", ".join(json.loads(message.key)) or "–", "standing": standing,
+        "history": _history(consumer, message, standing, attempts),
         "is_open": is_fresh or standing.state not in ("delivered", "passed", "filtered"),
     }  # fmt: skip
 
@@ -121,8 +136,6 @@ def _history(consumer: Consumer, message: ListedMessage, standing: Standing, att
         )
         text = f"POST {attempt.url}, {attempt.duration_ms:,} ms" if attempt.url else f"{attempt.duration_ms:,} ms"
         steps.append(Step("ok" if attempt.ok else "bad", title, attempt.at, text, attempt.response or "", _header_lines(attempt.headers)))
-    if standing.state == "passed" and any(attempt.ok for attempt in attempts):
-        standing = standing._replace(state="delivered")  # it was written down just now
     now = _now(consumer, standing, bool(attempts))
     steps.append(now._replace(behind=listing.blocked_by(consumer.pk, message.id)) if standing.state == "blocked" else now)
     return steps

@@ -136,6 +136,9 @@ def test_the_whole_way(console: Console, installation: Installation, shop: Any, 
     page.get_by_role("button", name="Retry now").click()
     expect(page.get_by_text("to be tried again")).to_be_visible()
     expect(history).to_contain_text("Delivered and acknowledged")
+    expect(page.locator("#standing")).to_contain_text("Delivered")  # state and buttons follow by themselves
+    expect(page.get_by_role("button", name="Deliver once more")).to_be_visible()
+    expect(page.get_by_role("button", name="Retry now")).not_to_be_attached()
     console.go("/admin/")
     expect(page.get_by_text("All is well.")).to_be_visible(timeout=20_000)
     assert console.complaints == [] and console.elsewhere == []

@@ -155,6 +155,24 @@ def test_dead_letters_are_tried_again_or_dropped(console: Client, log: Log) -> N
     assert lifecycle.backlog(consumer) == (0, 0, 1, 0, 0, 0)
 
 
+def test_a_message_that_fails_while_it_is_looked_at_gets_its_buttons(console: Client, log: Log) -> None:
+    consumer = log.consumer(max_deliver=1)
+    log.append(log.row(1))
+    claim = claims.claim(consumer, 1, lease_ms=60_000)
+    page = f"/admin/consumers/consumer/{consumer}/message/{claim.messages[0].id}/"
+
+    def fetched(path: str) -> str:
+        return str(console.get(page + path).content.decode())
+
+    opened = fetched("")
+    assert 'history/?shown=out"' in opened and 'id="standing"' in opened and "Retry now" not in opened
+    assert 'id="standing"' not in fetched("history/?shown=out")  # nothing new: a button that is being pressed stays
+    claims.fail(consumer, [Failure(claim.token, claim.messages[0].id, 1, "answered 500", 500)])  # type: ignore[arg-type]
+    anew = fetched("history/?shown=out")
+    assert 'history/?shown=dead"' in anew and 'id="standing" hx-swap-oob="true"' in anew and "Retry now" in anew
+    assert 'id="standing"' not in fetched("history/?shown=dead")
+
+
 def test_a_token_is_shown_once_and_can_be_revoked(console: Client) -> None:
     answer = console.post("/admin/consumers/apitoken/add/", {"name": "t", "scope": "pull"})
     assert "sqn_" in answer.content.decode() and "sqn_" not in str(answer.cookies) + str(dict(console.session))
