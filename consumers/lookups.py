@@ -43,7 +43,7 @@ class Lookups(Generic[Found]):
             self._forgotten += 1
 
     def _load(self, key: str, load: Callable[[str], Found]) -> Found:
-        forgotten, now = self._forgotten, time.monotonic()
+        forgotten = self._forgotten
         found = load(key)
         with self._lock:
             if found is None:
@@ -51,5 +51,5 @@ class Lookups(Generic[Found]):
             elif forgotten == self._forgotten:  # else it may be from before the change
                 if len(self._kept) >= MOST_KEPT:
                     self._kept.clear()
-                self._kept[key] = (now + KEPT_S, found)
+                self._kept[key] = (time.monotonic() + KEPT_S, found)
         return found

@@ -106,14 +106,15 @@ def history(request: HttpRequest, pk: UUID, message_id: int) -> HttpResponse:
 def _happened(consumer: Consumer, message: ListedMessage) -> dict[str, Any]:
     standing = listing.standing_of(consumer.pk, message.id)
     attempts = list(Attempt.objects.filter(consumer=consumer.pk, message_id=message.id)[:ATTEMPTS_SHOWN])[::-1]
+    is_fresh = bool(attempts) and (timezone.now() - attempts[-1].at).total_seconds() < FRESH_S
     if standing.state == "passed" and any(attempt.ok for attempt in attempts):
         standing = standing._replace(state="delivered")  # it was written down just now
-    # A success is written down a moment after it is acknowledged.
-    is_fresh = bool(attempts) and (timezone.now() - attempts[-1].at).total_seconds() < FRESH_S
+    # A success is written down a moment after it is acknowledged: with failures alone the last attempt may be yet to come.
+    is_settled = standing.state in ("delivered", "filtered") or (standing.state == "passed" and not attempts)
     return {
         "consumer": consumer, "message": message, "key": ", ".join(json.loads(message.key)) or "–", "standing": standing,
         "history": _history(consumer, message, standing, attempts),
-        "is_open": is_fresh or standing.state not in ("delivered", "passed", "filtered"),
+        "is_open": is_fresh or not is_settled,
     }  # fmt: skip
 
 

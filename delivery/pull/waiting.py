@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
 from typing import Any
 from uuid import UUID
 
@@ -170,16 +171,19 @@ class WaitingRoom:
         seen: dict[UUID, int] = {}
         swept = time.monotonic()
         while not self.is_closed:
-            for notice in conn.notifies(timeout=TICK_S, stop_after=1):
-                try:
-                    self._hear(notice.channel, notice.payload)
-                except (ValueError, KeyError, TypeError):
-                    log.warning("not a notice of ours: channel=%s payload=%.100r", notice.channel, notice.payload)
+            self._hear_all(conn.notifies(timeout=TICK_S, stop_after=1))
             now = time.monotonic()
             self._wake_due(now)
             if now - swept >= SWEEP_S:
                 swept = now
                 self._sweep(conn, seen)
+
+    def _hear_all(self, notices: Iterable[psycopg.Notify]) -> None:
+        for notice in notices:
+            try:
+                self._hear(notice.channel, notice.payload)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                log.warning("not a notice of ours: channel=%s payload=%.100r", notice.channel, notice.payload)
 
     def _hear(self, channel: str, payload: str) -> None:
         if channel == "sequin_config":
@@ -217,7 +221,10 @@ class WaitingRoom:
             self.wake(receiver.id)
 
     def _sweep(self, conn: psycopg.Connection[Any], seen: dict[UUID, int]) -> None:
-        for source, stored in conn.execute("SELECT source, stored_lsn + part_changes FROM capture_progress").fetchall():
+        found = conn.execute("SELECT source, stored_lsn + part_changes FROM capture_progress").fetchall()
+        # What was changed before that was told before: who may have it no more gets nothing of it.
+        self._hear_all(conn.notifies(timeout=0))
+        for source, stored in found:
             if seen.get(source) != stored:
                 self._wake_source(source, [])
             seen[source] = stored

@@ -18,7 +18,8 @@ FLAGS = [
     "--no-first-run", "--disable-quic",
 ]  # fmt: skip
 PASSWORD = "a long enough password"
-expect.set_options(timeout=15_000)
+PATIENCE_MS = 60_000
+expect.set_options(timeout=PATIENCE_MS)
 
 # Text whose contrast with what lies behind it is below AA: 4.5, or 3 for large letters.
 POOR_CONTRAST = """() => {
@@ -53,7 +54,7 @@ def chromium() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("NO BROWSER: chromium is not installed, so the console is not tested in one")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=2 * PATIENCE_MS)
         yield browser
         browser.close()
 
@@ -64,7 +65,7 @@ class Console:
     def __init__(self, browser: Browser, url: str, *, width: int = 1440, scheme: Any = "light", password: str = PASSWORD) -> None:
         self.url = url
         self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        self.context.set_default_timeout(15_000)
+        self.context.set_default_timeout(PATIENCE_MS)
         self.page: Page = self.context.new_page()
         self.complaints: list[str] = []
         self.elsewhere: list[str] = []
@@ -84,7 +85,7 @@ class Console:
     def settle(self) -> None:
         """Until what the page fetches by itself is there."""
         # wait_for_function would need the eval that the content policy forbids.
-        wait_until(lambda: self.page.evaluate("document.readyState === 'complete' && !document.querySelector('.htmx-request')"))
+        wait_until(lambda: self.page.evaluate("document.readyState === 'complete' && document.fonts.status === 'loaded' && !document.querySelector('.htmx-request')"))
 
     def is_too_wide(self) -> bool:
         return bool(self.page.evaluate("document.documentElement.scrollWidth > innerWidth"))

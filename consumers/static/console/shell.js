@@ -72,7 +72,21 @@ document.addEventListener("alpine:init", () => {
 });
 
 /* Parts of a page that fetch themselves anew: data-poll="seconds" beside hx-trigger="poll". They rest while nobody looks,
-   while somebody types, selects text or moves by keyboard in them, and while paused. What was unfolded stays so. */
+   while somebody types, selects text, has ticked something or moves by keyboard in them, and while paused; an answer that comes then is dropped, as
+   is one in the middle of a click. What was unfolded stays so. */
+let isPressing = false;
+document.addEventListener("pointerdown", (event) => { isPressing = event.button === 0; }, true);
+document.addEventListener("pointermove", (event) => { if (!event.buttons) isPressing = false; }, true);  // it ended elsewhere
+for (const end of ["pointerup", "pointercancel"]) {
+  document.addEventListener(end, () => setTimeout(() => { isPressing = false; }), true);  // the click comes after it
+}
+
+function isInUse(part) {
+  if (part.contains(document.activeElement) && document.activeElement.matches("input, textarea, select, :focus-visible")) return true;
+  if (part.querySelector("input:checked")) return true;
+  return part.contains(document.getSelection().anchorNode) && !document.getSelection().isCollapsed;
+}
+
 setInterval(() => {
   if (document.hidden) return;
   const now = Date.now();
@@ -80,14 +94,17 @@ setInterval(() => {
     const due = Number(part.dataset.polledAt || 0) + Number(part.dataset.poll) * 1000;
     if (!part.dataset.polledAt) { part.dataset.polledAt = now; continue; }
     if (now < due || part.dataset.paused) continue;
-    if (part.contains(document.activeElement) && document.activeElement.matches("input, textarea, select, :focus-visible")) continue;
-    if (part.contains(document.getSelection().anchorNode) && !document.getSelection().isCollapsed) continue;
+    if (isPressing || isInUse(part)) continue;
     part.dataset.polledAt = now;
     htmx.trigger(part, "poll");
   }
 }, 250);
 
 document.addEventListener("htmx:beforeSwap", (event) => {
+  if (event.detail.requestConfig.triggeringEvent?.type === "poll" && (isPressing || isInUse(event.detail.target))) {
+    event.detail.shouldSwap = false;
+    return;
+  }
   const open = [...event.detail.target.querySelectorAll("details[open][data-kept]")].map((part) => part.dataset.kept);
   if (!open.length) return;
   document.addEventListener("htmx:afterSwap", () => {
