@@ -68,6 +68,8 @@ class ReplicationStream:
         self._confirmed = 0
         self._status_at = self._heard_at = self._asked_at = 0.0
         self._helper = _StatusHelper(self)
+        if self._conn.server_version >= 140_000:  # which brought it; a role may have it set
+            self._query("SET idle_session_timeout = 0", pq.ExecStatus.COMMAND_OK)
         self.system_identifier, self.timeline = self._identify()
 
     def started_at(self) -> str:
@@ -188,7 +190,7 @@ class ReplicationStream:
         self._status_at = time.monotonic()
 
     def finish(self) -> None:
-        """Send the last status and end the copy, so that the slot is free at once."""
+        """Send the last status and end the copy, so that the slot is free when this returns."""
         self.send_status()
         self._conn.put_copy_end()
         deadline = time.monotonic() + 3
@@ -197,6 +199,7 @@ class ReplicationStream:
         while time.monotonic() < deadline:
             count, _ = self._conn.get_copy_data(1)
             if count < 0:
+                self._drain(max(0.1, deadline - time.monotonic()))
                 return
             if count == 0:
                 if not self._poll.poll(200):
@@ -215,10 +218,14 @@ class ReplicationStream:
         state = result.error_field(pq.DiagnosticField.SQLSTATE) or b""
         if state not in CANNOT_CONVERT:
             return StreamEnded(line) if state[:2] in PASSING else DecodingFailed(line)
-        with cut_after(self._conn.socket, ANSWER_WITHIN_S):
-            while self._conn.get_result() is not None:  # to the command's very end: then the slot is free
-                pass
+        self._drain(ANSWER_WITHIN_S)
         return Untranslatable(line)
+
+    def _drain(self, within_s: float) -> None:
+        """To the command's very end: the server ends the copy first, and frees the slot then."""
+        with cut_after(self._conn.socket, within_s):
+            while self._conn.get_result() is not None:
+                pass
 
     def _demand_life(self) -> None:
         now = time.monotonic()

@@ -35,7 +35,7 @@ REPLAY_TASK = "capture.tasks.replay"  # by name: delivery does not know capture
 REPLAY_CLUSTER = "replay"  # in settings.Q_CLUSTER's ALT_CLUSTERS
 TICK_S = 0.05
 LOOK_EVERY_S = 0.5
-START_GRACE_S = 8.0
+START_GRACE_S, MOST_GRACE_S = 8.0, 120.0
 PATIENCE_S, REPLAY_PATIENCE_S = 4.0, 10.0
 STOP_WITHIN_S = 5.0
 
@@ -47,7 +47,8 @@ class Cluster:
         """`queue`: one of ALT_CLUSTERS; None is the one that pushes."""
         self.queue = queue
         self.name = ""
-        self.started_at = 0.0
+        self._grace_s = START_GRACE_S
+        self._started_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
 
     def keep(self) -> None:
@@ -56,9 +57,23 @@ class Cluster:
             if self._process.poll() is None:
                 return
             log.warning("the %s cluster ended with status %s: started again", self._called(), self._process.returncode)
-        self.restart()
+        self._restart()
 
-    def restart(self) -> None:
+    @property
+    def due_at(self) -> float:
+        """When its processes should have begun to work."""
+        return self._started_at + self._grace_s
+
+    def works(self) -> None:
+        """It does: the next one need not be slower to begin."""
+        self._grace_s = START_GRACE_S
+
+    def replace(self) -> None:
+        """It does not work. On a machine where one takes longer than that to begin, the next has twice as long."""
+        self._grace_s = min(2 * self._grace_s, MOST_GRACE_S)
+        self._restart()
+
+    def _restart(self) -> None:
         self.kill()
         self.name = str(uuid4())
         arguments = [sys.executable, os.path.join(settings.BASE_DIR, "manage.py"), "run_workers", "--cluster"]
@@ -68,7 +83,7 @@ class Cluster:
         self._process = subprocess.Popen(
             arguments, stdin=subprocess.DEVNULL, start_new_session=True, env=environment, preexec_fn=die_with_parent
         )
-        self.started_at = time.monotonic()
+        self._started_at = time.monotonic()
         log.info("started %s cluster pid=%s", self._called(), self._process.pid)
 
     def kill(self) -> None:
@@ -149,12 +164,13 @@ class PushKeeper:
         pumps = turns.alive_pumps(self.cluster.name)
         if pumps >= self._workers:
             self._full_at = now
+            self.cluster.works()
             return
         self._enqueue(now)
-        quiet_since = max(self._full_at, self.cluster.started_at + START_GRACE_S)
+        quiet_since = max(self._full_at, self.cluster.due_at)
         if now - quiet_since > PATIENCE_S:
             log.warning("%s of %s pumps have beaten lately: the cluster is started anew", pumps, self._workers)
-            self.cluster.restart()
+            self.cluster.replace()
 
     def forgive(self) -> None:
         """An outage is not the cluster's fault: it has time to begin again."""
@@ -192,15 +208,19 @@ class ReplayKeeper:
         running, due = backfills.running_and_due()
         if not due:
             self._due_since = 0.0
+            if running:
+                self.cluster.works()
             return TICK_S if running else LOOK_EVERY_S
         if int(get_broker(REPLAY_CLUSTER).queue_size()) == 0:
             async_task(REPLAY_TASK, cluster=REPLAY_CLUSTER)
         self._due_since = self._due_since or now
-        waited = now - max(self._due_since, self.cluster.started_at + START_GRACE_S)
+        waited = now - max(self._due_since, self.cluster.due_at)
         if waited > REPLAY_PATIENCE_S:
-            if lifecycle.beat_age_s("replay", self.cluster.name) > REPLAY_PATIENCE_S:
+            if lifecycle.beat_age_s("replay", self.cluster.name) <= REPLAY_PATIENCE_S:
+                self.cluster.works()
+            else:
                 log.warning("nobody has worked on %s due backfills for %s s: the cluster is started anew", due, int(waited))
-                self.cluster.restart()
+                self.cluster.replace()
             self._due_since = 0.0
         return TICK_S
 

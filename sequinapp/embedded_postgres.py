@@ -112,11 +112,11 @@ class EmbeddedPostgres:
                 self._process = process
                 return process
             # A predecessor that was killed takes a moment to be gone; a port may be taken under our hands.
-            passing = any(text in self._log_tail() for text in PASSING_TROUBLES)
-            if not passing or time.monotonic() >= deadline:
-                break
-            if ORPHANS in self._log_tail():
+            tail = self._log_tail()
+            if ORPHANS in tail:
                 self._end_orphans()
+            if not any(text in tail for text in PASSING_TROUBLES) or time.monotonic() >= deadline:
+                break
             time.sleep(0.2)
         raise ImproperlyConfigured(f"the embedded Postgres did not start; its log {self.log_file} ends: {self._log_tail()}")
 

@@ -1213,7 +1213,8 @@ begin
 
     reached := v_position;
     if v_ids = '{}' then
-        at_end := v_end;
+        -- Heads that the settings now leave out took the place of others, and freed what was behind them.
+        at_end := v_end and v_dropped = '{}';
         select ceil(extract(epoch from least(
                    (select min(l.until) from leases l where l.consumer = p_consumer and l.id >= v_pos.lease_floor),
                    (select min(p.due_at) from parked p where p.consumer = p_consumer and p.due_at is not null and p.due_at < 'infinity'))

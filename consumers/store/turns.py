@@ -65,11 +65,14 @@ def take(holder: UUID, limit: int) -> list[UUID]:
 
 
 def renew(holder: UUID) -> dict[UUID, str]:
-    """Go on holding; returns the consumers still held, each with its status: nobody is given the turn of a paused one."""
+    """Go on holding; returns the consumers still held, each with its status: nobody is given the turn of a paused one.
+
+    A turn whose time was over, but which nobody took, is held on: what is in flight need not be sent again.
+    """
     with connection.cursor() as cursor:
         cursor.execute(
             "UPDATE turns t SET until = clock_timestamp() + %s * interval '1 s' FROM consumers_consumer c"
-            " WHERE t.holder = %s AND t.until > clock_timestamp() AND c.id = t.consumer RETURNING t.consumer, c.status",
+            " WHERE t.holder = %s AND c.id = t.consumer RETURNING t.consumer, c.status",
             [TURN_S, holder],
         )
         return dict(cursor.fetchall())

@@ -82,6 +82,7 @@ class EndpointState:
     hold_until: float = 0.0  # no request before: the breaker's pause, or a Retry-After
     is_open: bool = False
     opened: int = 0  # how often it has opened
+    opened_at: float = 0.0
     in_flight: int = 0
     is_slow: bool = True  # its last answer was, or there was none yet
 
@@ -92,12 +93,15 @@ class EndpointState:
         self.failures = self.troubles = 0
         self.is_open = False
 
-    def failed(self, now: float, status: int | None) -> None:
+    def failed(self, now: float, status: int | None, sent_at: float) -> None:
         was_open = self.is_open
+        if was_open and sent_at < self.opened_at:
+            return  # of the same outage, not a probe: as many at a time as fail together, so much longer it would be left alone
         self.failures += 1
         self.troubles += retry.is_trouble(status)
         self.is_open = retry.opens(self.troubles, self.failures)
-        self.opened += self.is_open and not was_open
+        if self.is_open and not was_open:
+            self.opened, self.opened_at = self.opened + 1, now
         self.hold_until = max(self.hold_until, now + retry.hold_s(self.troubles, self.failures))
 
     def forget(self) -> None:
@@ -226,8 +230,8 @@ class Lane:
             self.window += 1
             self.on_ramp = self.window < most
 
-    def failed(self, now: float, status: int | None) -> None:
-        self.endpoint.failed(now, status)
+    def failed(self, now: float, status: int | None, sent_at: float) -> None:
+        self.endpoint.failed(now, status, sent_at)
         if self.endpoint.is_open:
             self.window = 1
         elif retry.is_trouble(status):

@@ -408,6 +408,7 @@ class Pump:
         now = time.monotonic()
         for outcome in outcomes:
             lane = outcome.tag.lane
+            sent_at = lane.departed.get(outcome.tag.number, now)
             batch = lane.arrive(outcome.tag.number)
             if not batch:
                 continue  # the lease was lost meanwhile; whoever has it now delivers again
@@ -415,7 +416,7 @@ class Pump:
             lane.endpoint.is_slow = outcome.duration_ms > SLOW_S * 1000
             self._drained = self._drained or (lane.is_quiet and not lane.flights)
             if not outcome.ok:
-                self._failed(lane, batch, outcome, now)
+                self._failed(lane, batch, outcome, sent_at, now)
                 self._attempts.extend(_attempts(batch, outcome))
                 continue
             lane.succeeded()
@@ -445,14 +446,14 @@ class Pump:
             lane.shown = 0
         lifecycle.record_attempts(attempts)
 
-    def _failed(self, lane: Lane, batch: list[InHand], outcome: Outcome, now: float) -> None:
+    def _failed(self, lane: Lane, batch: list[InHand], outcome: Outcome, sent_at: float, now: float) -> None:
         asked = None
         if outcome.status is not None:
             asked = retry.retry_after_s(outcome.status, outcome.retry_after, time.time() + self._clock_ahead_s)
         if asked is not None:
             lane.endpoint.hold(now + asked)
             lane.look_at = now + asked
-        lane.failed(now, outcome.status)
+        lane.failed(now, outcome.status, sent_at)
         max_batch = -(-len(batch) // 2) if len(batch) > 1 else None
         error = outcome.error or "failed"
         failures = []

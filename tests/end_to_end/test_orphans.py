@@ -25,7 +25,7 @@ def reader():
 
 def cluster():
     made = Cluster()
-    made.restart()
+    made.keep()
     return made._process
 
 process = {which}()

@@ -49,9 +49,9 @@ def test_refusals_that_may_be_about_the_messages_open_it_later_and_probes_come_e
 
 def test_refusals_leave_the_number_of_requests_at_a_time() -> None:
     one = lane(concurrency=8)
-    one.failed(0.0, 422)
+    one.failed(0.0, 422, sent_at=0.0)
     assert one.window == 8
-    one.failed(0.0, 503)
+    one.failed(0.0, 503, sent_at=0.0)
     assert one.window == 4
 
 
@@ -167,21 +167,33 @@ def test_an_open_breaker_lets_one_probe_through_for_all_consumers_of_the_endpoin
     endpoint = EndpointState()
     one, other = lane(endpoint=endpoint), lane(endpoint=endpoint)
     for _ in range(retry.FAILURES_TO_OPEN):
-        one.failed(0.0, None)
+        one.failed(0.0, None, sent_at=0.0)
     one.pending, other.pending = [held(1, 1), held(2, 2)], [held(3, 3)]
     assert send(one, 1, now=0.1) == send(other, 1, now=0.1) == [], "the pause before the first probe"
     assert other.room() == 0 and lane(endpoint=endpoint).room() == PROBE_CHOICE
     assert send(one, 1, now=1.0) == [1]
     assert send(one, 2, now=1.0) == send(other, 2, now=1.0) == [], "one probe at a time"
     one.arrive(1)
-    one.failed(1.0, None)
+    one.failed(1.0, None, sent_at=1.0)
     assert send(other, 3, now=1.5) == [] and send(other, 3, now=2.5) == [3], "pauses grow"
+
+
+def test_what_was_in_flight_when_the_breaker_opened_makes_no_pause_longer() -> None:
+    one = lane()
+    for _ in range(retry.FAILURES_TO_OPEN + 10):
+        one.failed(3.0, None, sent_at=2.0)
+    one.pending = [held(1, 1)]
+    assert send(one, 1, now=3.6) == [1]
+    one.arrive(1)
+    one.failed(3.7, None, sent_at=3.6)
+    one.pending = [held(1, 1)]
+    assert send(one, 1, now=4.6) == [] and send(one, 1, now=4.8) == [1], "a probe does"
 
 
 def test_a_probe_is_one_message_the_least_tried_of_those_that_lead_their_groups() -> None:
     one = lane(batch_size=10)
     for _ in range(retry.FAILURES_TO_OPEN):
-        one.failed(0.0, None)
+        one.failed(0.0, None, sent_at=0.0)
     one.pending = [held(1, 1, tried=9), held(2, 1), held(3, 3, tried=2), held(4, 3), held(5, 5, group2=1)]
     assert send(one, 1, now=9.0) == [3]
     one.arrive(1)
@@ -244,14 +256,14 @@ def test_answers_are_awaited_from_endpoints_that_answer() -> None:
     one.endpoint.is_slow = False
     assert not one.waits_for_answers(10.4, 0.5) and one.waits_for_answers(10.6, 0.5)
     for _ in range(retry.FAILURES_TO_OPEN):
-        one.failed(10.0, None)
+        one.failed(10.0, None, sent_at=10.0)
     assert not one.waits_for_answers(10.6, 0.5)
 
 
 def test_after_an_outage_the_rate_ramps_up_one_by_one() -> None:
     one = lane(concurrency=10)
     for _ in range(retry.FAILURES_TO_OPEN):
-        one.failed(0.0, None)
+        one.failed(0.0, None, sent_at=0.0)
     one.pending = [held(number, number) for number in range(200)]
     sizes = []
     number = 0

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from consumers.models import Consumer
 from consumers.store import claims
 from consumers.store.lifecycle import backlog
-from tests.store.world import Log
+from tests.store.world import Log, keys, receipts, take
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -38,3 +39,19 @@ def test_one_message_larger_than_the_limit_comes_alone(log: Log) -> None:
     first, second = claims.claim(consumer, 10, lease_ms=60_000), claims.claim(consumer, 10, lease_ms=60_000)
     assert [len(claim.messages) for claim in (first, second)] == [1, 1]
     assert first.messages[0].id < second.messages[0].id
+
+
+def test_what_kept_its_place_and_is_left_out_since_hides_nothing_behind_it(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    consumer = log.consumer(actions=["insert", "update"])
+    log.append(log.row(1), log.row(2, action=b"U"), log.row(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "MAX_CLAIM_BYTES", 1)
+        first = take(consumer)
+    assert keys(first) == ['["1"]']
+    claims.ack(consumer, receipts(first))
+    Consumer.objects.filter(pk=consumer).update(actions=["insert"])
+    claim = take(consumer, 1)
+    if claim.token is None:
+        assert not claim.at_end, "there is one to be had"
+        claim = take(consumer, 1)
+    assert keys(claim) == ['["3"]']

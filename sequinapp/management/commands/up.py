@@ -144,9 +144,9 @@ class Command(BaseCommand):
         assert self._postgres is not None
         log.warning("the embedded Postgres is on port %s now: another process has its old one. Everything starts anew", self._postgres.port)
         self._use_port()
+        self._supervisor.ask_to_end()
         if self._with_playground:
             self._say(self._playground(True))
-        self._supervisor.ask_to_end()
 
     def _keep_store_awake(self) -> None:
         assert self._postgres is not None
