@@ -80,7 +80,7 @@ class Cluster:
                 [self.binaries / "postgres", "-D", self.data, "-p", str(self.port), *options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/", **self._identity(),
             )  # fmt: skip
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             try:
                 self.connect("postgres").close()
@@ -94,7 +94,7 @@ class Cluster:
         process, self.process = self.process, None
         if process is not None and process.poll() is None:
             process.send_signal(signal.SIGQUIT if how == "immediate" else signal.SIGINT)
-            process.wait(30)
+            process.wait(120)
 
     def restart(self, how: str = "fast") -> None:
         self.stop(how)
@@ -132,7 +132,10 @@ class Cluster:
 
         def snapshots() -> None:
             while not stop.wait(0.1):
-                self.execute("SELECT pg_log_standby_snapshot()")
+                try:
+                    self.execute("SELECT pg_log_standby_snapshot()")
+                except psycopg.Error:
+                    continue  # the slot would wait for the next one in vain
 
         helper = threading.Thread(target=snapshots)
         helper.start()

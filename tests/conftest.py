@@ -148,16 +148,17 @@ def source_database(source_server: Any) -> Iterator[SourceDatabase]:
 
 
 def _drop_slots(conn: psycopg.Connection[Any], database: str) -> None:
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
+    def dropped() -> bool:
         conn.execute(
             "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE database = %s AND active", [database]
         )
         try:
             conn.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = %s", [database])
-            return
-        except psycopg.errors.ObjectInUse:
-            time.sleep(0.05)
+            return True
+        except (psycopg.errors.ObjectInUse, psycopg.errors.UndefinedObject):
+            return False
+
+    wait_until(dropped, 30, "the slots to be dropped")
 
 
 @pytest.fixture
@@ -231,7 +232,7 @@ def run(transactional_db: None) -> Iterator[Callable[..., subprocess.Popen[bytes
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        process.wait(5)
+        process.wait(60)
 
 
 def process_environment(**more: str) -> dict[str, str]:

@@ -109,7 +109,7 @@ class Client:
     port: int
     token: str | None
 
-    def call(self, method: str, path: str, body: Any = None, *, timeout_s: float = 60.0, **headers: str) -> Answer:
+    def call(self, method: str, path: str, body: Any = None, *, timeout_s: float = 150.0, **headers: str) -> Answer:
         conn = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
             if self.token is not None:

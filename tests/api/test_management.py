@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -268,9 +269,10 @@ def test_junk_is_never_a_500(api: Api, log: Log, seed: int) -> None:
         assert status < 500, (method, path, query, body, answer)
 
 
-def test_a_token_with_a_rate_limit_is_told_to_come_again(api: Api, log: Log, client: Any) -> None:
+def test_a_token_with_a_rate_limit_is_told_to_come_again(api: Api, log: Log, client: Any, monkeypatch: Any) -> None:
     from consumers.tokens import create_token
 
+    monkeypatch.setattr("consumers.tokens.time", SimpleNamespace(monotonic=lambda: 1000.0))  # all in one moment
     plain = create_token("hasty", "manage", rate_limit=3)[1]
     answers = [client.get("/api/sources", HTTP_AUTHORIZATION=f"Bearer {plain}") for _ in range(10)]
     codes = [answer.status_code for answer in answers]

@@ -42,11 +42,13 @@ class Shop:
         """Everything there is for the consumer, acknowledged."""
         name = (consumer or self.consumer).pk
         got: list[Any] = []
-        while messages := (claim := claims.claim(name, 1000, lease_ms=60_000)).messages:
-            assert claim.token is not None
-            claims.ack(name, [(claim.token, message.id) for message in messages])
-            got += messages
-        return got
+        while True:
+            claim = claims.claim(name, 1000, lease_ms=60_000)
+            if claim.token is not None:
+                claims.ack(name, [(claim.token, message.id) for message in claim.messages])
+                got += claim.messages
+            elif claim.at_end:  # else the filter was not through yet
+                return got
 
     def work_off(self) -> None:
         wait_until(lambda: step_once() or not fetch("SELECT 1 FROM backfills WHERE status = 'running'"), 30)

@@ -51,6 +51,8 @@ class Scene:
         return backfill
 
     def finish(self, backfill: Any) -> None:
+        """First the log, so that it has the change which what was read is older than."""
+        self.catch_up()
         with reading(self.source):
             assert work_off(backfill) == "completed", status(backfill)
         self.catch_up()
@@ -259,6 +261,7 @@ def test_an_alter_table_that_waits_for_a_page_is_not_held_up_by_the_look_at_the_
     """The page it waited for was read before it, and may be kept: its rows have no more in them than the table had."""
     from capture.pages import LOCKED, SourcePages
 
+    monkeypatch.setattr("capture.pages.LOCK_MS", 60_000)
     on = scene()
     before = SourcePages._copy
     waits = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 't'::regclass"
@@ -384,6 +387,7 @@ def test_a_snapshot_and_a_log_of_more_than_four_billion_transactions(tmp_path: A
         server.execute("INSERT INTO t VALUES (1000, 'x', 1000)")
         assert stage_all(backfill) == ROWS + 1
         server.execute("UPDATE t SET n = 1000 WHERE id = 2")
+        read_until(source, lambda: len(logged()) >= 3)
         with reading(source):
             assert work_off(backfill) == "completed", status(backfill)
         assert counts(backfill) == (ROWS + 1, 1)
@@ -415,10 +419,14 @@ def test_a_consumer_with_enough_to_do_is_given_no_more(scene: Callable[..., Scen
         for _ in range(5):
             step_once()
         assert len(reads()) < 100 and status(backfill)[0] == "running"
-        while status(backfill)[0] == "running":
+
+        def take_and_go_on() -> bool:
             claim = claims.claim(on.consumer.pk, 100, lease_ms=60_000)
             claims.ack(on.consumer.pk, [(claim.token, message.id) for message in claim.messages] if claim.token else [])
             step_once()
+            return status(backfill)[0] != "running"
+
+        wait_until(take_and_go_on, 20, "the rest")
     assert len(reads()) == 400
 
 

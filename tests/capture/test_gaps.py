@@ -417,11 +417,11 @@ def test_connections_outlive_an_idle_session_timeout(source: Source, source_data
     if source_database.version < 14:
         pytest.skip("Postgres 14 brought it")
     with source_database.admin() as conn:
-        conn.execute(f"ALTER ROLE {source_database.name} SET idle_session_timeout = '300ms'")  # type: ignore[arg-type]
+        conn.execute(f"ALTER ROLE {source_database.name} SET idle_session_timeout = '1s'")  # type: ignore[arg-type]
     with reading(source):
         source_database.execute("INSERT INTO t VALUES (1)")
         await_messages(1)
-        idle = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sequin' AND now() - state_change > interval '700 ms'"
+        idle = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sequin' AND now() - state_change > interval '1500 ms'"
         wait_until(lambda: source_database.admin().execute(idle).fetchone() == (1,), 10, "our connection to be idle for longer")
         source_database.execute("INSERT INTO t VALUES (2)")
         await_messages(2)

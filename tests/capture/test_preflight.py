@@ -161,8 +161,8 @@ def test_a_role_that_may_not_read_the_table(source: Source, source_database: Sou
 def test_a_slot_waits_for_an_open_transaction_and_says_whose(
     source_database: SourceDatabase, make_source: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("consumers.source_setup.SLOT_TIMEOUT_S", 1)
-    with source_database.connect(autocommit=False) as conn:
+    with source_database.connect(autocommit=False) as conn, monkeypatch.context() as patch:
+        patch.setattr("consumers.source_setup.SLOT_TIMEOUT_S", 1)
         conn.execute("CREATE TABLE blocker (id int)")  # has a transaction id
         with pytest.raises(ValidationError, match=rf"process {conn.info.backend_pid}, open for"):
             make_source()

@@ -180,7 +180,6 @@ def test_a_locked_table_stops_nothing(begin: Any, source_database: SourceDatabas
     """An ALTER TABLE that takes hours holds a lock that every look at the table waits for."""
     monkeypatch.setattr("capture.reader.LOCK_WITHIN_MS", 50)
     monkeypatch.setattr("consumers.preflight.LOCK_WITHIN_MS", 50)
-    monkeypatch.setattr("capture.surroundings.LOOK_WITHIN_S", 3.0)
     source = begin(*PARTITIONED, "CREATE TABLE t (id int PRIMARY KEY)")
     consume(source, "public.p", "public.t")
     with source_database.connect(autocommit=False) as busy:

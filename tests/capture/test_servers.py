@@ -106,8 +106,15 @@ def test_events_and_recover_through_the_api(make_source: Any, source_database: A
 
 def test_a_slot_still_held_by_a_dead_reader_of_ours_is_freed(make_source: Any, source_database: Any) -> None:
     """A server that has not noticed the death of its client keeps the slot until wal_sender_timeout; we need not wait."""
+    from capture.reader import Reader
     from capture.stream import ReplicationStream, SlotActive
     from consumers.source_connection import conninfo
+    from consumers.store.appender import Appender
+
+    def try_to_read(source: Source) -> None:
+        with Appender(source.pk) as appender:
+            assert appender.wait_for_source(10)
+            Reader(source, appender, stopping=lambda: False).run()
 
     source_database.execute("CREATE TABLE t (id int PRIMARY KEY)")
     source_database.execute("CREATE PUBLICATION sequin_pub FOR TABLE t")
@@ -116,13 +123,13 @@ def test_a_slot_still_held_by_a_dead_reader_of_ours_is_freed(make_source: Any, s
     held = ReplicationStream(conninfo(source, replication=True, application_name=f"sequin {source.pk}"))
     held.start(source.slot_name, source.publication_name, 0)
     with pytest.raises(SlotActive):
-        read_until(source, lambda: False)
+        try_to_read(source)
     wait_until(lambda: not _active(source_database, source), 10, "the slot to be free")
     read_until(source, lambda: logged())
     foreign = ReplicationStream(conninfo(source, replication=True, application_name="somebody else"))
     foreign.start(source.slot_name, source.publication_name, 0)
     with pytest.raises(SlotActive):
-        read_until(source, lambda: False)
+        try_to_read(source)
     assert _active(source_database, source), "a process that is not ours is left alone"
     foreign.close()
     held.close()

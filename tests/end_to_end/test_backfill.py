@@ -10,6 +10,7 @@ import pytest
 
 from consumers import changes
 from consumers.models import Backfill, Consumer, HttpEndpoint
+from consumers.store.connection import store_connection
 from tests.capture.backfill_world import fetch
 from tests.conftest import SourceDatabase, wait_until
 from tests.installation import process_tree
@@ -41,7 +42,21 @@ def test_a_consumer_that_begins_with_everything(
 
 def replayers(watcher: int) -> list[int]:
     """The processes of the cluster that works on backfills."""
-    return [pid for pid in process_tree(watcher) if b"Q_CLUSTER_NAME=replay" in Path(f"/proc/{pid}/environ").read_bytes()]
+
+    def replays(pid: int) -> bool:
+        try:
+            return b"Q_CLUSTER_NAME=replay" in Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return False  # it has ended
+
+    return [pid for pid in process_tree(watcher) if replays(pid)]
+
+
+def send(pid: int, signal_: signal.Signals) -> None:
+    try:
+        os.kill(pid, signal_)
+    except ProcessLookupError:
+        pass
 
 
 def test_pushes_do_not_wait_for_backfills(source_database: SourceDatabase, make_source: Any, make_consumer: Any, run: Any) -> None:
@@ -59,22 +74,21 @@ def test_pushes_do_not_wait_for_backfills(source_database: SourceDatabase, make_
     watcher = run("run_workers", SEQUIN_WORKERS="1", SEQUIN_ALLOWED_NETWORKS="127.0.0.0/8")
     source_database.execute("INSERT INTO live VALUES (1)")
     wait_until(lambda: where.ids == [1], 60, "the first push")
-    for number in range(4):
-        changes.save(Consumer(name=f"all{number}", source=source, kind="pull", tables=["public.t"], start_from="beginning"))
-    wait_until(lambda: fetch("SELECT 1 FROM backfills WHERE rows_done > 0"), 60, "a backfill to get on")
-    stopped = [watcher.pid, *replayers(watcher.pid)]  # the watcher would start them anew
-    for pid in stopped:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        assert fetch("SELECT 1 FROM backfills WHERE status = 'running'") and len(stopped) > 1
-        source_database.execute("INSERT INTO live SELECT generate_series(2, 50)")
-        wait_until(lambda: sorted(where.ids) == list(range(1, 51)), 30, "pushes to go on")
-        assert fetch("SELECT 1 FROM backfills WHERE status = 'running'")
-    finally:
+    with store_connection(autocommit=False) as held:  # one of them, which so does not end meanwhile
+        for number in range(4):
+            changes.save(Consumer(name=f"all{number}", source=source, kind="pull", tables=["public.t"], start_from="beginning"))
+        held.execute("SELECT FROM backfills WHERE consumer = %s FOR UPDATE", [Consumer.objects.get(name="all3").pk])
+        wait_until(lambda: fetch("SELECT 1 FROM backfills WHERE rows_done > 0"), 60, "a backfill to get on")
+        stopped = [watcher.pid, *replayers(watcher.pid)]  # the watcher would start them anew
         for pid in stopped:
-            try:
-                os.kill(pid, signal.SIGCONT)
-            except ProcessLookupError:
-                pass
+            send(pid, signal.SIGSTOP)
+        try:
+            assert len(stopped) > 1
+            source_database.execute("INSERT INTO live SELECT generate_series(2, 50)")
+            wait_until(lambda: set(where.ids) == set(range(1, 51)), 30, "pushes to go on")
+            assert fetch("SELECT 1 FROM backfills WHERE status = 'running'")
+        finally:
+            for pid in stopped:
+                send(pid, signal.SIGCONT)
     wait_until(lambda: fetch("SELECT count(*) FROM backfills WHERE status = 'completed'") == [(4,)], 90, "the backfills")
     where.close()

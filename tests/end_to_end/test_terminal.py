@@ -31,7 +31,7 @@ def typed(command: list[str], directory: Path, *answers: tuple[bytes, bytes]) ->
     printed = b""
     todo = list(answers)
     try:
-        while select.select([terminal], [], [], 20)[0]:
+        while select.select([terminal], [], [], 120)[0]:
             printed += os.read(terminal, 4096)
             if todo and todo[0][0] in printed:
                 os.write(terminal, todo.pop(0)[1])

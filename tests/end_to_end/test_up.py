@@ -36,7 +36,7 @@ def pushed(installation: Installation, text: str) -> Any:
 def test_a_change_reaches_the_waiting_client_and_the_receiver(installation: Installation) -> None:
     with installation.source() as source:
         source.execute("INSERT INTO orders (customer_id, status, total) VALUES (1, 'first-order', 99.50)")
-    messages = installation.receive(PULL, wait="30s")
+    messages = wait_until(lambda: installation.receive(PULL, wait="5s"), 60, "the change by pull")
     record = messages[0]["data"]["record"]
     assert (record["status"], record["total"]) == ("first-order", 99.5) and messages[0]["deliver_count"] == 1
     assert messages[0]["data"]["metadata"]["consumer"]["name"] == PULL
@@ -70,7 +70,7 @@ def test_what_is_logged_is_json(installation: Installation) -> None:
 
 def test_a_second_up_is_refused_at_once(installation: Installation) -> None:
     second = subprocess.run(
-        [sys.executable, str(ROOT / "manage.py"), "up", "--port", "1"], capture_output=True, text=True, check=False, timeout=20,
+        [sys.executable, str(ROOT / "manage.py"), "up", "--port", "1"], capture_output=True, text=True, check=False, timeout=120,
         env={**os.environ, "SEQUIN_HOME": str(installation.home)},
     )  # fmt: skip
     assert second.returncode == 2 and len(second.stderr.strip().splitlines()) == 1 and "SEQUIN_HOME" in second.stderr
@@ -93,7 +93,7 @@ def test_what_is_killed_comes_back(installation: Installation, victim: str) -> N
 def test_every_process_of_the_cluster_may_be_killed(installation: Installation) -> None:
     """Pumps, the sentinel, its helpers: after each SIGKILL pushes go on, if need be by a cluster started anew."""
     for number in range(6):
-        pids = installation.pids("run_workers --cluster")[1:]
+        pids = wait_until(lambda: installation.pids("run_workers --cluster")[1:], 30, "the cluster")
         kill(pids[number % len(pids)])
         mark = f"cluster-{number}"
         with installation.source() as source:
@@ -182,10 +182,11 @@ def test_ctrl_c_stops_everything_with_status_0_and_it_starts_again(installation:
     assert installation.process is not None
     with closing(installation.store()) as store:
         store.execute("LISTEN sequin_stop")
+        os.kill(installation.pids("run_workers --cluster")[0], signal.SIGSTOP)  # a cluster that takes long to end
         installation.process.send_signal(signal.SIGINT)
-        assert len(list(store.notifies(timeout=30, stop_after=2))) == 2, "pumps are told until they end: one that begins hears no first word"
+        assert len(list(store.notifies(timeout=60, stop_after=2))) == 2, "pumps are told until they end: one that begins hears no first word"
     assert installation.process.wait(60) == 0
-    wait_until(lambda: not leftovers(installation.home), 10, "every process to be gone")
+    wait_until(lambda: not leftovers(installation.home), 15, "every process to be gone")
     installation.start()
     with installation.source() as source:
         source.execute("INSERT INTO orders (customer_id, status) VALUES (2, 'after-restart')")
@@ -217,7 +218,7 @@ def test_a_port_that_is_none_is_refused(command: str, port: str) -> None:
 def test_a_bad_setting_is_one_line_and_status_2(name: str, value: str, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("DATABASE_URL", "SECRET_KEY", "ENCRYPTION_KEYS")}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "manage.py"), "up"], capture_output=True, text=True, check=False, timeout=30,
+        [sys.executable, str(ROOT / "manage.py"), "up"], capture_output=True, text=True, check=False, timeout=120,
         env={**environment, "SEQUIN_HOME": str(tmp_path), name: value},
     )  # fmt: skip
     assert done.returncode == 2 and name in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

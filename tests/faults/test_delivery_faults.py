@@ -183,14 +183,14 @@ def test_f6_a_worker_stopped_past_its_lease_is_fenced(log: Log, endpoint: Any, p
     release = threading.Event()
 
     def answer(got: Got, handler: Any) -> None:
-        if len(where.got) == 1:
+        if got is where.got[0]:
             release.wait(30)  # the first attempt hangs while its sender is stopped
         status(204)(got, handler)
 
     where = endpoint(answer)
     consumer = push_to(log, where, timeout_ms=20_000)
     log.append(log.row(1), log.row(1))
-    first = pump_process()
+    first = pump_process(300)
     try:
         wait_until(lambda: where.got, 20, "the first attempt")
         os.kill(first.pid, signal.SIGSTOP)
@@ -259,9 +259,9 @@ def test_f15_an_endpoint_comes_back_to_a_backlog(log: Log, endpoint: Any, pump: 
                 flying[0] += 1
                 most_at.append(flying[0])
             recovered.append(time.monotonic())
-            status(204)(got, handler)
             with lock:
-                flying[0] -= 1
+                flying[0] -= 1  # before the answer, which makes the next one come
+            status(204)(got, handler)
         else:
             status(503)(got, handler)
 
@@ -360,7 +360,7 @@ def test_f22_the_clock_of_a_worker_is_wrong(log: Log, endpoint: Any, pump: Any, 
     real = time.time
 
     def answer(got: Got, handler: Any) -> None:
-        status(500 if len(where.got) == 1 else 204)(got, handler)
+        status(500 if got is where.got[0] else 204)(got, handler)
 
     where = endpoint(answer)
     consumer = push_to(log, where)
@@ -456,7 +456,7 @@ def test_the_broker_goes_away_and_comes_back(log: Log, endpoint: Any, run: Any, 
     with timed() as took:
         delivered(consumer, 3, timeout=40)
         print(f"the broker away and back, a pump killed meanwhile: 3 messages, lost 0, pushing again after {took():.1f} s")  # noqa: T201
-    assert where.ids == [1, 2, 3]
+    assert list(dict.fromkeys(where.ids)) == [1, 2, 3]
 
 
 @pytest.fixture
@@ -488,6 +488,8 @@ def test_two_of_everything_and_one_is_killed(  # noqa: F811
     def receive() -> None:
         while not stopping.is_set():
             answer = client.receive("pull", batch_size=100, wait_for="1s")
+            if answer.status != 200:
+                continue  # the store is busy: asked again
             pulled.extend((item["data"]["record"]["key"], item["data"]["record"]["number"]) for item in answer.body["data"])
             if answer.body["data"]:
                 client.settle("ack", "pull", answer.ack_ids)

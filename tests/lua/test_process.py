@@ -65,6 +65,7 @@ def test_a_killed_child_loses_no_message(transformer) -> None:
     os.kill(first, signal.SIGKILL)
     thread.join()
     assert results == [str(number).encode() for number in range(300)]
+    assert one.run([call()]) == [b"1"]  # it may have been killed after its last answer
     assert one.pid != first
 
 
@@ -184,7 +185,7 @@ def test_a_bomb_in_the_middle_costs_the_others_nothing(transformer) -> None:
         "function transform(a, r) if r.id == 250 then return (('a'):rep(60)):find(('a?'):rep(60) .. ('a'):rep(60) .. 'b') end return r.id end"
     )
     results = one.run([call({"id": number}) for number in range(500)])
-    assert results[250] == LuaError("took longer than 50 ms CPU", None)
+    assert isinstance(results[250], LuaError) and results[250].message.startswith("took longer than 50 ms CPU")
     assert [result for result in results if isinstance(result, bytes)] == [b"%d" % n for n in range(500) if n != 250]
 
 

@@ -50,7 +50,10 @@ class Endpoint:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
+                size = int(self.headers["content-length"])
+                body = self.rfile.read(size)
+                if len(body) < size:
+                    return  # its sender was killed in the middle of it
                 got = Got(self.path, {k.lower(): v for k, v in self.headers.items()}, body)
                 endpoint.got.append(got)
                 endpoint.answer(got, self)

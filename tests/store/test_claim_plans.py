@@ -53,6 +53,11 @@ def blocks(query: str, parameters: list[Any], rare: bool = False) -> int:
         return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
 
+def least_blocks(query: str, parameters: list[Any], rare: bool) -> int:
+    """The first call also reads catalogs, as does any after autovacuum has been there."""
+    return min(blocks(query, parameters, rare) for _ in range(4))
+
+
 def claim_blocks(consumer: UUID, limit: int) -> tuple[int, ...]:
     """Of a claim, and of one that does not go the quick way; each where the log comes first and where what is parked does."""
     found = []
@@ -60,8 +65,7 @@ def claim_blocks(consumer: UUID, limit: int) -> tuple[int, ...]:
         for rare in (True, False):
             query = f"SELECT * FROM {function}(%s, %s, 60000, NULL, 20000, 16000000)"
             fetch("VACUUM parked, leases, consumer_position")  # what was undone before has left its traces
-            blocks(query, [consumer, limit], rare)  # the first call also reads catalogs
-            found.append(blocks(query, [consumer, limit], rare))
+            found.append(least_blocks(query, [consumer, limit], rare))
     return tuple(found)
 
 
@@ -80,8 +84,7 @@ def settle_blocks(consumer: UUID, limit: int) -> tuple[int, ...]:
     extend = "SELECT * FROM sequin_extend(%s, %s::uuid[], %s::bigint[], 1000)", [consumer, tokens, ids]
     found = []
     for (query, parameters), rare in ((lease, True), (lease, False), (anyway, True), (anyway, False), (nack, False), (extend, False)):
-        blocks(query, parameters, rare)
-        found.append(blocks(query, parameters, rare))
+        found.append(least_blocks(query, parameters, rare))
     claims.ack(consumer, list(zip(tokens, ids, strict=True)))
     return tuple(found)
 

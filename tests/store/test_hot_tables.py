@@ -56,8 +56,8 @@ def largest(store: psycopg.Connection[Any]) -> int:
 def test_behind_an_old_snapshot_they_are_rewritten_with_all_they_hold(log: Log, store: Any) -> None:  # noqa: F811
     consumer = log.consumer()
     log.append(*[log.row(key) for key in (901, 901, 902, 903)])
-    out = take(consumer, 3)
-    claims.nack(consumer, receipts(out)[2:], 60_000)
+    out = take(consumer, 3, 3_600_000)
+    claims.nack(consumer, receipts(out)[2:], 3_600_000)
     with store_connection(autocommit=False) as old:
         old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         old.execute("SELECT count(*) FROM messages")
@@ -129,7 +129,8 @@ def while_rewritten(table: str, statement: str, run: Callable[[], Any]) -> Any:
 @pytest.fixture
 def backfilling(log: Log, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[UUID, BackfillWork, Job]]:  # noqa: F811
     monkeypatch.setattr(hot, "DEAD_SHARE", 0)
-    monkeypatch.setattr(backfill_work, "LOCK_MS", 10_000)
+    monkeypatch.setattr(backfill_work, "LOCK_MS", 60_000)
+    monkeypatch.setattr(backfill_work, "STATEMENT_MS", 60_000)
     log.append(log.row(9))
     consumer = log.consumer()
     backfills.begin(uuid4(), consumer_id=consumer, source_id=log.source.pk, table="public.orders")

@@ -22,7 +22,7 @@ from consumers.parent import die_with_parent
 log = logging.getLogger(__name__)
 
 SPARE_THREADS = 100  # for those that do not wait
-KILL_AFTER_S = 2
+KILL_AFTER_S = 4  # less than what supervision.py gives it in all
 BACKLOG = 2048
 BEAT_EVERY_S, ANSWER_WITHIN_S = 2, 15
 ALIVE_PATH = "/-/alive"  # is nowhere: a 404 is an answer, and costs no look at the store
