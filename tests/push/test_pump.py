@@ -628,7 +628,7 @@ def test_a_consumer_that_was_let_go_gets_nothing_more_when_its_last_answer_comes
 def test_a_pump_that_waits_for_the_store_sends_nothing_once_its_turns_have_ended(
     log: Log, endpoint: Any, pump: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "TURN_S", 6.0)
+    monkeypatch.setattr(turns, "TURN_S", 2.0)
     where, other = endpoint(), endpoint()
     release = held_back(where)
     loses, claims = push_to(log, where, concurrency=1), push_to(log, other)
