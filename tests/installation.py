@@ -59,6 +59,7 @@ class Installation:
         environment["SEQUIN_HOME"] = str(self.home)
         environment["SEQUIN_MIN_FREE_DISK"] = "10MB"  # whatever the machine of the tests has left
         environment.update(self.environment)
+        self._choose_port_of_the_store()
         with open(self.output, "ab") as out:
             begin = out.tell()
             self.process = subprocess.Popen(
@@ -75,6 +76,14 @@ class Installation:
         found = re.search(r"sqn_[\w-]+", self.text())
         assert found is not None
         self.token = found[0]
+
+    def _choose_port_of_the_store(self) -> None:
+        """One that no other process is given by the kernel while this store is down: then it would move."""
+        keys = self.home / "keys"
+        if not keys.exists():
+            self.home.mkdir(mode=0o711, exist_ok=True)
+            keys.mkdir(mode=0o700)
+            (keys / "postgres_port").write_text(f"{new_port()}\n")
 
     def text(self) -> str:
         return self.output.read_text(errors="replace")
