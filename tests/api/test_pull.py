@@ -286,7 +286,7 @@ def test_a_consumer_that_many_wait_for_leaves_room_for_the_others(world: World) 
         assert len(world.client.receive(other.name, batch_size=3).keys) == 3
         assert not answers
     for caller in callers:
-        caller.join(30)
+        caller.join(120)
     assert [answer.status for answer in answers] == [200] * 40
 
 

@@ -180,7 +180,7 @@ class Crowd:
     def end(self) -> None:
         self.stopping.set()
         for thread in self._threads:
-            thread.join(30)
+            thread.join(120)
             assert not thread.is_alive()
         if self.failed:
             raise self.failed[0]

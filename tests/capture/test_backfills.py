@@ -12,7 +12,7 @@ from consumers.store import backfills, lifecycle
 from tests.capture.backfill_world import begin, counts, fetch, reads, records, status, step_once, work_off
 from tests.capture.test_values import EXTENSIONS, SETUP, database_in, everything, send
 from tests.capture.world import ENCODINGS, logged, read_until, reading
-from tests.conftest import SourceDatabase
+from tests.conftest import SourceDatabase, wait_until
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("quick_reader")]
 
@@ -169,10 +169,14 @@ def test_a_page_grows_and_shrinks_with_what_rows_weigh(source_database: SourceDa
     source = make_source()
     backfill = begin(make_consumer(source))
     rows = []
+
+    def ended() -> bool:
+        step_once()
+        rows.append(fetch("SELECT max(cardinality(keys)), coalesce(max(octet_length(records::text)), 0) FROM backfill_chunks")[0])
+        return status(backfill)[0] != "running"
+
     with reading(source):
-        while status(backfill)[0] == "running":
-            step_once()
-            rows.append(fetch("SELECT max(cardinality(keys)), coalesce(max(octet_length(records::text)), 0) FROM backfill_chunks")[0])
+        wait_until(ended, 30, "the backfill")
     assert status(backfill)[0] == "completed"
     assert len(reads()) == 3012 and max(size for _, size in rows) < 8_000_000, "never many large rows at once"
     assert fetch("SELECT page_rows < 100 FROM backfills") == [(True,)]

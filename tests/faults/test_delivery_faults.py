@@ -520,7 +520,17 @@ def test_two_of_everything_and_one_is_killed(  # noqa: F811
         scene.writer.stop()
         committed = scene.committed()
         wait_until(lambda: committed <= set(pulled), 60, "all by pull")
-        wait_until(lambda: len({(g.json["record"]["key"], g.json["record"]["number"]) for g in where.got}) == len(committed), 60, "all by push")
+        pushed: set[tuple[int, int]] = set()
+        looked_at = 0
+
+        def all_pushed() -> bool:
+            nonlocal looked_at
+            records = [got.json["record"] for got in where.got[looked_at:]]
+            looked_at += len(records)
+            pushed.update((record["key"], record["number"]) for record in records)
+            return len(pushed) == len(committed)
+
+        wait_until(all_pushed, 60, "all by push")
     finally:
         stopping.set()
         receiver.join(60)

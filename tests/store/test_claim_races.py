@@ -68,7 +68,7 @@ class Threads:
     def finish(self) -> None:
         self.stopping.set()
         for thread in self._threads:
-            thread.join(30)
+            thread.join(120)
         if self.errors:
             raise self.errors[0]
 

@@ -83,7 +83,7 @@ def test_what_is_edited_is_handed_out_while_a_source_is_waited_for(
             assert cursor.fetchone() == (True,)
     finally:
         goes_on.set()
-        loading.join(30)
+        loading.join(120)
     assert said == ["1 created, 1 changed, 2 unchanged", "0 created, 2 changed, 2 unchanged"]
 
 
