@@ -17,7 +17,7 @@ from django.utils import timezone
 from consumers import audit, changes, health, replaying
 from consumers.admin import charts, client_code, listing, replay
 from consumers.admin.listing import Wanted
-from consumers.admin.pages import CONFIGURE, OPERATE, VIEW, ask, is_confirmed, needs, page, posted
+from consumers.admin.pages import CONFIGURE, OPERATE, VIEW, ask, is_confirmed, needs, page, posted, tell_how_many
 from consumers.models import Consumer
 from consumers.store import counters, lifecycle
 from consumers.store.counters import Rate
@@ -119,7 +119,7 @@ def redrive(request: HttpRequest, pk: UUID, action: str) -> HttpResponse:
     act = lifecycle.discard if action == "discard" else lifecycle.retry
     count = act(pk, ids) if ids else act(pk, state=state)
     audit.record(action, consumer, count, **({"state": state} if not ids else {"ids": ids[:20]}))
-    messages.success(request, f"{counted(count, 'message')} {'discarded' if action == 'discard' else 'to be tried again'}.")
+    tell_how_many(request, count, "discarded" if action == "discard" else "to be tried again")
     return redirect(back)
 
 

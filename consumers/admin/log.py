@@ -15,7 +15,7 @@ from unfold.decorators import display
 
 from consumers import audit
 from consumers.admin.json_text import pretty
-from consumers.admin.pages import ask, is_confirmed
+from consumers.admin.pages import ask, is_confirmed, tell_how_many
 from consumers.models import Source
 from consumers.store import lifecycle
 from consumers.store.models import Attempt, Message, Parked
@@ -177,7 +177,7 @@ class ParkedAdmin(ReadOnlyAdmin):
             count = decide(consumer.pk, ids)
             audit.record(name, consumer, count, ids=ids[:20])
             total += count
-        self.message_user(request, f"{counted(total, 'message')} {what}.")
+        tell_how_many(request, total, what)
 
 
 @admin.register(Attempt)

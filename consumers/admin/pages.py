@@ -5,10 +5,12 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from django.contrib import admin
+from django.contrib import admin, messages
 from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed
 from django.shortcuts import render
+
+from consumers.words import counted
 
 VIEW, OPERATE, CONFIGURE = "consumers.view_consumer", "consumers.operate_consumer", "consumers.change_consumer"
 OPERATE_SOURCE, CONFIGURE_SOURCE = "consumers.operate_source", "consumers.change_source"
@@ -49,6 +51,14 @@ def posted(view: View) -> View:
 
 def is_confirmed(request: HttpRequest) -> bool:
     return request.POST.get("confirmed") == "1"
+
+
+def tell_how_many(request: HttpRequest, count: int, what: str) -> None:
+    """How many messages were "discarded", say; there may be none left by the time somebody has decided."""
+    if count:
+        messages.success(request, f"{counted(count, 'message')} {what}.")
+    else:
+        messages.warning(request, f"Nothing {what}: what was chosen is under way at this moment, or done already.")
 
 
 def ask(

@@ -153,6 +153,8 @@ def test_dead_letters_are_tried_again_or_dropped(console: Client, log: Log) -> N
     assert "Discard 1 message?" in page.content.decode() and Parked.objects.filter(pk=second.pk).exists()
     console.post("/admin/consumers/parked/", {"action": "discard", "_selected_action": [second.pk], "confirmed": "1"})
     assert lifecycle.backlog(consumer) == (0, 0, 1, 0, 0, 0)
+    gone = console.post(f"/admin/consumers/consumer/{consumer}/redrive/discard/", {"id": second.ids[0], "confirmed": "1"}, follow=True)
+    assert "Nothing discarded: what was chosen is under way at this moment, or done already." in gone.content.decode()
 
 
 def test_a_message_that_fails_while_it_is_looked_at_gets_its_buttons(console: Client, log: Log) -> None:
