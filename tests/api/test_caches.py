@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from django.db import connection
 
 from consumers import tokens
+from consumers.lookups import KEPT_S, Lookups
 from consumers.store.connection import store_connection
 from consumers.tokens import Caller
 from delivery.pull import directory
@@ -59,6 +61,20 @@ def test_what_was_read_before_a_change_is_not_kept(lookup: Any) -> None:
     assert found and not lookups._kept
     find()
     assert lookups._kept
+
+
+def test_what_took_long_to_find_is_kept_as_long_as_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("consumers.lookups.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def load(key: str) -> str:
+        now[0] += 2 * KEPT_S
+        return key.upper()
+
+    kept: Lookups[str] = Lookups()
+    assert kept.find("a", load) == kept.known("a") == "A"
+    now[0] += KEPT_S
+    assert kept.known("a") is None
 
 
 def _ask(find: Any, found: list[Any]) -> None:

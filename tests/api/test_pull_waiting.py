@@ -174,6 +174,20 @@ def test_a_poll_that_goes_the_moment_it_is_woken_wakes_the_next() -> None:
     assert second.event.is_set()
 
 
+def test_a_sweep_hears_what_was_changed_before_it_wakes_anybody(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may see an append before the notices of what came earlier were read: a token revoked, say."""
+    order: list[str] = []
+    waiting_room = WaitingRoom()
+    monkeypatch.setattr(waiting_room, "_hear", lambda channel, payload: order.append(payload))
+    monkeypatch.setattr(waiting_room, "_wake_source", lambda source, relations: order.append("woken"))
+    with store_connection() as listening, store_connection() as other:
+        listening.execute("LISTEN sequin_config")
+        other.execute("SELECT pg_notify('sequin_config', 'token')")
+        log.append(log.row(1))
+        waiting_room._sweep(listening, {})
+    assert order == ["token", "woken"]
+
+
 def test_a_poll_hears_of_tables_that_were_added_while_it_waits(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """No sweep helps: it would be a second late."""
     monkeypatch.setattr("delivery.pull.waiting.SWEEP_S", 1000)

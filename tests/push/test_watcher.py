@@ -8,7 +8,7 @@ import pytest
 from django.db import connection
 
 from consumers.store import turns
-from delivery.cluster import Notices
+from delivery.cluster import MOST_GRACE_S, START_GRACE_S, Cluster, Notices
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -50,3 +50,15 @@ def test_it_listens_again_when_the_store_has_been_away(notices: Notices) -> None
         return notices.wait(0.1)
 
     wait_until(hears, 10, "the notice")
+
+
+def test_a_cluster_that_was_replaced_in_vain_has_longer_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cluster, "_restart", lambda self: None)  # which would start one
+    cluster = Cluster()
+    graces = [cluster.due_at]
+    for _ in range(5):
+        cluster.replace()
+        graces.append(cluster.due_at)
+    assert graces == [START_GRACE_S * times for times in (1, 2, 4, 8)] + [MOST_GRACE_S] * 2
+    cluster.works()
+    assert cluster.due_at == START_GRACE_S
