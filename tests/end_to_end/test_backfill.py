@@ -85,7 +85,7 @@ def test_pushes_do_not_wait_for_backfills(source_database: SourceDatabase, make_
         try:
             assert len(stopped) > 1
             source_database.execute("INSERT INTO live SELECT generate_series(2, 50)")
-            wait_until(lambda: set(where.ids) == set(range(1, 51)), 30, "pushes to go on")
+            wait_until(lambda: sorted(where.ids) == list(range(1, 51)), 30, "pushes to go on")
             assert fetch("SELECT 1 FROM backfills WHERE status = 'running'")
         finally:
             for pid in stopped:

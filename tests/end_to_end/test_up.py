@@ -179,18 +179,24 @@ def binds(one: socket.socket, port: int) -> bool:
 
 
 def test_ctrl_c_stops_everything_with_status_0_and_it_starts_again(installation: Installation) -> None:
-    assert installation.process is not None
-    with closing(installation.store()) as store:
-        store.execute("LISTEN sequin_stop")
-        os.kill(installation.pids("run_workers --cluster")[0], signal.SIGSTOP)  # a cluster that takes long to end
-        installation.process.send_signal(signal.SIGINT)
-        assert len(list(store.notifies(timeout=60, stop_after=2))) == 2, "pumps are told until they end: one that begins hears no first word"
-    assert installation.process.wait(60) == 0
-    wait_until(lambda: not leftovers(installation.home), 15, "every process to be gone")
+    assert installation.stop() == 0
+    wait_until(lambda: not leftovers(installation.home), 10, "every process to be gone")
     installation.start()
     with installation.source() as source:
         source.execute("INSERT INTO orders (customer_id, status) VALUES (2, 'after-restart')")
     wait_until(lambda: "after-restart" in str(installation.receive(PULL, wait="1s")), 20, "a change after the restart")
+
+
+def test_a_cluster_that_does_not_end_is_told_again_and_ended_by_force(installation: Installation) -> None:
+    assert installation.process is not None
+    with closing(installation.store()) as store:
+        store.execute("LISTEN sequin_stop")
+        os.kill(installation.pids("run_workers --cluster")[0], signal.SIGSTOP)
+        installation.process.send_signal(signal.SIGINT)
+        assert len(list(store.notifies(timeout=60, stop_after=2))) == 2, "pumps are told until they end: one that begins hears no first word"
+    assert installation.process.wait(60) == 0
+    wait_until(lambda: not leftovers(installation.home), 10, "every process to be gone")
+    installation.start()
 
 
 def test_a_killed_up_leaves_nothing_behind(installation: Installation) -> None:

@@ -180,12 +180,13 @@ def test_an_empty_batch(transformer) -> None:
     assert one.pid is None
 
 
-def test_a_bomb_in_the_middle_costs_the_others_nothing(transformer) -> None:
+def test_a_bomb_in_the_middle_costs_the_others_nothing(transformer, monkeypatch) -> None:
+    monkeypatch.setattr("consumers.lua.child.DEADLINE_S", 30)  # by the clock, and the machine may give it no CPU for seconds
     one = transformer(
         "function transform(a, r) if r.id == 250 then return (('a'):rep(60)):find(('a?'):rep(60) .. ('a'):rep(60) .. 'b') end return r.id end"
     )
     results = one.run([call({"id": number}) for number in range(500)])
-    assert isinstance(results[250], LuaError) and results[250].message.startswith("took longer than 50 ms CPU")
+    assert results[250] == LuaError("took longer than 50 ms CPU", None)
     assert [result for result in results if isinstance(result, bytes)] == [b"%d" % n for n in range(500) if n != 250]
 
 
